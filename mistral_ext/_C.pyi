@@ -1,4 +1,7 @@
-"""The compiled module, for type checkers: python/*.cpp. Call it through `mistral_ext.ops`."""
+"""The types of the compiled module, for type checkers. The files python/*.cpp define its functions.
+
+Other code calls them through `mistral_ext.ops`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -6,8 +9,12 @@ from typing import Any, TypedDict
 from torch import Tensor, dtype
 
 class Call:
-    """A call of a kernel whose arguments are checked. To run, it needs memory for intermediate
-    results and counters of the sizes that it names."""
+    """A call of a kernel, whose arguments have been checked.
+
+    `run` takes the addresses of memory for intermediate results (`workspace_bytes` bytes) and, on a
+    CUDA device, of `counters` zeroed 32-bit integers. `target` is the CUDA stream, or on the CPU
+    the number of threads (see `ops.workspace`).
+    """
 
     @property
     def workspace_bytes(self) -> int: ...
@@ -16,7 +23,7 @@ class Call:
     def run(self, workspace: int, counters: int, target: int) -> None: ...
 
 class Recording:
-    """Calls of kernels on the CPU. They can be run any number of times."""
+    """A list of kernel calls on the CPU, which can be run any number of times."""
 
     def add(self, call: Call) -> None: ...
     def recheck(self) -> int: ...

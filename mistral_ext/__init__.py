@@ -1,7 +1,7 @@
-"""A small engine for Mistral 7B: hand-written kernels, a ring cache, and text.
+"""A small engine for Mistral 7B, with hand-written kernels and a ring buffer as cache.
 
-A name is imported when it is first used, because importing torch takes seconds, and `mistral-ext
---help` does not need torch.
+A name of this package is imported when it is first used. The reason is that importing torch takes
+seconds, and commands such as `mistral-ext --help` do not need it.
 """
 
 from importlib import import_module
@@ -22,7 +22,7 @@ __all__ = [
     "ops",
 ]
 
-if TYPE_CHECKING:  # the same names, for type checkers and editors
+if TYPE_CHECKING:  # type checkers and editors do not see names that __getattr__ imports
     from mistral_ext import llm as llm
     from mistral_ext import ops
     from mistral_ext.chat import Chat

@@ -15,9 +15,9 @@ from mistral_ext.text.tokenizer import Tokenizer
 class Chat:
     """A conversation with an Instruct model.
 
-    The engine keeps the conversation's tokens in its cache. So a turn reads little more than its
-    own tokens, unless other requests have needed the memory. Any thread may use a Chat. A new turn
-    ends a reply that is still being written. `Mistral.start_chat` makes a Chat.
+    The engine keeps the conversation's tokens in its cache. So in each turn the model reads little
+    more than the new message, unless other requests have needed the memory. Any thread may use a
+    Chat. A new turn ends a reply that is still being written. `Mistral.start_chat` makes a Chat.
 
     Args:
         tokenizer, template: the tokenizer and the chat template of the model.
@@ -27,9 +27,11 @@ class Chat:
 
     Attributes:
         messages: the conversation so far, as in `Mistral.chat`.
-        ids: the tokens of the conversation, as the model read and wrote them.
-        prompt_ids: the tokens that the last reply answers.
-        completion: the last reply. None: it has not been read to its end.
+        ids: the tokens of the conversation up to the last reply that has ended, as the model read
+            and wrote them.
+        prompt_ids: the tokens of the prompt that the last reply answers.
+        completion: the last reply. None: there is no reply yet, or the last reply has not been read
+            to its end.
     """
 
     def __init__(
@@ -62,6 +64,9 @@ class Chat:
 
         Returns:
             An iterator over pieces of the reply's text.
+
+        Raises:
+            ValueError, TypeError: an option is wrong, or the conversation is too long.
         """
         with self._lock:
             if self._reply:
@@ -76,7 +81,8 @@ class Chat:
 
 
 class Reply(Iterator[str]):
-    """Iterator over the text of a reply, as it is written."""
+    """An iterator over pieces of a reply's text. It gives each piece when the model has written
+    it."""
 
     def __init__(self, chat: Chat, stream: Stream) -> None:
         self._chat = chat
@@ -101,7 +107,8 @@ class Reply(Iterator[str]):
             return piece
 
     def close(self) -> None:
-        """Aborts the reply, if it has not ended. The text so far stays in the conversation."""
+        """Aborts the reply, if it has not ended. The text so far stays in the conversation. Without
+        any text, the turn is dropped."""
         with self._chat._lock:
             if not self._is_open:
                 return

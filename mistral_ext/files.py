@@ -21,7 +21,7 @@ def read_text_file(path: str | Path) -> str:
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Writes a UTF-8 file. After an error the file is as it was before."""
+    """Writes a UTF-8 file. After an error, an older file at the path is unchanged."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -36,6 +36,9 @@ def decode_text(data: bytes, name: str) -> str:
 
     Windows programs begin a text with a byte order mark and end lines with CR LF. Both would change
     the text's tokens. So the mark is dropped, and CR LF becomes LF.
+
+    Raises:
+        ValueError: the bytes are not UTF-8. The message has the name.
     """
     try:
         text = data.decode("utf-8")
@@ -64,7 +67,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is a git-lfs pointer, which only says where its content is."""
+    """Whether a file is a git-lfs pointer: a small text in place of a file whose content was not
+    downloaded."""
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 

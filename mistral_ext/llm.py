@@ -1,4 +1,4 @@
-"""Text from a model: load it, complete prompts, stream, chat.
+"""Loads a model, and uses it to complete prompts, chat, moderate and compute embeddings.
 
 To run the model, functions here send requests to the engine (`mistral_ext.engine.engine`) and read
 its outputs. `mistral_ext.request_maker` makes the requests.
@@ -53,12 +53,12 @@ def generate(
     Args:
         prompt: text, token ids, or a list of prompts.
         model: a Mistral, a model folder or a hub id. None: the small demo model of this package.
-            The model of the last folder or id stays loaded.
+            A model that was loaded from a folder or id stays in memory until another is loaded.
         special_tokens: as in `Mistral.generate`.
         sampling: fields of `SamplingParams`.
 
     Returns:
-        The text of the completion, or a list of texts for a list of prompts or with n > 1.
+        The text of the completion. For a list of prompts, or with n > 1, a list of texts.
     """
     llm = model if isinstance(model, Mistral) else _load(str(model or DEMO_MODEL))
     llm.require_tokenizer()
@@ -74,7 +74,8 @@ def _load(model: str) -> Mistral:
 
 
 def read_tokenizer(folder: ModelFolder) -> Tokenizer | None:
-    """Reads the tokenizer of a model folder or a GGUF file. Returns None if it has no tokenizer."""
+    """Reads the tokenizer of a model folder or a GGUF file. Returns None if there is no
+    tokenizer."""
     if folder.gguf is None:
         return Tokenizer.from_folder(folder.path)
     return Tokenizer.from_gguf(folder.path, folder.gguf.metadata)
@@ -86,22 +87,23 @@ class Mistral(RequestMaker):
     Attributes:
         config: the model's shape and constants.
         model: the transformer.
-        tokenizer: the tokenizer, or None if the folder has none. Prompts are then lists of token
-            ids.
-        prefill_chunk: the most prompt tokens read in one pass. A number below 32 counts as 32. A
-            larger chunk is faster and takes more memory.
-        max_batch: the number of completions generated at once. On the CPU, up to 8 do not change
-            each other's text. With more, products may round differently.
-        cache_tokens: the number of tokens that the cache has room for: the tokens of running
-            completions, and tokens kept for later prompts. None: `engine.memory.default_slots`
-            chooses it by the free memory.
+        tokenizer: the tokenizer. None: the folder has no tokenizer, so prompts must be lists of
+            token ids.
+        prefill_chunk: the most prompt tokens read in one pass over the weights. A number below 32
+            counts as 32. A larger chunk is faster and takes more memory.
+        max_batch: the most completions that are generated at once. On the CPU, up to 8 completions
+            do not change each other's text. With more than 8, products may round differently.
+        cache_tokens: the number of tokens that the cache has room for. These are the tokens of
+            running completions, and tokens kept for later prompts. None:
+            `engine.memory.default_slots` chooses the number by the free memory.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
-        drafts: the number of tokens to guess at a time, 0 to 7, for completions whose options do
-            not set it. A pass generates all tokens up to the first wrong guess. On the CPU the text
-            is the same. None: 7 on the CPU or with a draft model, else 0.
+        drafts: the most tokens to guess at a time, 0 to 7, for completions whose options do not set
+            this number. One pass generates all right guesses before the first wrong guess, and one
+            more token. On the CPU guesses do not change the text. None: 7 on the CPU or with a
+            draft model, else 0.
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
-            has the same vocabulary, and is on the same device.
-        adapters: the loaded adapters. `load_adapter` adds to them.
+            has the same vocabulary, and is on the same device. None: there is no such model.
+        adapters: the loaded LoRA adapters. `load_adapter` adds an adapter.
         vocabulary: the model's configuration and folder, and its tokenizer if it has one.
     """
 
@@ -150,37 +152,41 @@ class Mistral(RequestMaker):
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
         the hub.
 
-        Weights are memory-mapped. On the CPU those that need not change are not copied, and
+        Weights are memory-mapped. On the CPU, weights that need no conversion are not copied, so
         processes share their memory.
 
         Args:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
                 "OWNER/NAME:FILE.gguf".
-            device: "cpu" (the default), "cuda", or another form of these that `torch.device` takes.
+            device: "cpu", "cuda", "cuda:1" or a `torch.device`. A number: the CUDA device with this
+                number. None: the CPU.
             dtype: float32, bfloat16 or float16. None: the dtype in which the weights are stored.
                 For another dtype all weights are copied, except quantised weights.
             prefill_chunk, max_batch, cache_tokens, drafts: as in `Mistral`.
-            progress: show a progress bar if stderr is a terminal.
+            progress: whether to show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read (see
-                `mistral_ext.weights.quantize`). None: they stay as they are stored.
-                `quantize_checkpoint` writes the rounded weights to a folder.
+                `mistral_ext.weights.quantize`). None: the weights stay as they are stored. To round
+                them only once, write them to a folder with `quantize_checkpoint`.
             generation_config: the file with the defaults of sampling. "auto": the model's own
                 ``generation_config.json``. A path: another folder or file. None: the defaults of
                 `SamplingParams`.
-            adapters: names of adapters -> the adapters, as in `load_adapter`.
-            draft_model: a draft model (see `Mistral`), or the path or hub id of one, which is then
-                loaded in its stored format.
+            adapters: LoRA adapters to load, by name. Each is given as in `load_adapter`. None: no
+                adapter is loaded.
+            draft_model: a draft model (see `Mistral`), or the path or hub id of one. A path or id
+                is loaded in its stored format. None: no draft model.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
+                They replace the values in the model's files.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: the message names the file, tensor or option.
+            FileNotFoundError, ValueError, TypeError: a file, tensor or option is missing or wrong.
+                The message names it.
         """
         device = find_device(device)
         folder = read_folder(resolve(model), **config_overrides)
         config, path = folder.config, folder.path
         defaults = _sampling_defaults(path, generation_config) if generation_config else None
         tokenizer = read_tokenizer(folder)
-        # These checks come before 14 GB are read.
+        # These checks come first, because reading the weights (14 GB) takes long.
         vocabulary = Vocabulary(config, tokenizer, path)
         _expect_usable(vocabulary, prefill_chunk, max_batch, cache_tokens)
         if isinstance(draft_model, str | Path):
@@ -217,14 +223,13 @@ class Mistral(RequestMaker):
             return self._engine
 
     def load_adapter(self, path: str | Path | Adapter, name: str) -> None:
-        """Loads a LoRA adapter. Prompts then use it by its name.
+        """Loads a LoRA adapter. From then on, prompts can use the adapter by its name.
 
-        The model's weights, in whatever format, do not change, and running requests continue.
+        The model's weights do not change, whatever their format. Running requests continue.
 
         Args:
             path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, the hub
-                id of an adapter, or the contents of such a file, as `weights.adapters.read_adapter`
-                returns them.
+                id of an adapter, or an adapter that `weights.adapters.read_adapter` has returned.
             name: a name that no other adapter has.
 
         Raises:
@@ -236,8 +241,8 @@ class Mistral(RequestMaker):
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
-        """Removes an adapter. Requests that use it continue to their end. Its memory is freed
-        afterwards.
+        """Removes an adapter. Requests that use the adapter continue to their end. Its memory is
+        freed after them.
 
         Raises:
             ValueError: no adapter has that name.
@@ -246,8 +251,8 @@ class Mistral(RequestMaker):
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
         # Without an engine, no request uses an adapter, so the change happens here. The lock keeps
-        # other threads from making an engine meanwhile: it would not know how much memory the
-        # change takes.
+        # other threads from making an engine meanwhile. Such an engine would choose the size of its
+        # cache without knowing how much memory the change takes.
         with self._making_engine:
             engine = self.__dict__.get("_engine")
             if engine is None:
@@ -270,9 +275,9 @@ class Mistral(RequestMaker):
 
         Args:
             prompts: text, token ids, or a list of prompts. Text is tokenized with a
-                beginning-of-text token; token ids are not changed.
-            special_tokens: whether control tokens that a text spells out, such as "[INST]", become
-                these tokens. If False, they stay text.
+                beginning-of-text token. Token ids are used as they are.
+            special_tokens: whether the name of a control token in a text, such as "[INST]", becomes
+                this token. If False, it is tokenized as ordinary text.
             adapter: the name of a loaded adapter, or a list with a name or None for each prompt.
                 None: the model is used without an adapter.
             sampling: fields of `SamplingParams`.
@@ -313,7 +318,7 @@ class Mistral(RequestMaker):
         adapter: str | None = None,
         **sampling: Any,
     ) -> Stream:
-        """Completes one prompt, and gives its text piece by piece as it is generated.
+        """Completes one prompt, and gives the new text piece by piece as it is generated.
 
         Args:
             prompt, special_tokens, adapter, sampling: as in `generate`, but for one prompt.
@@ -321,6 +326,10 @@ class Mistral(RequestMaker):
         Returns:
             An iterator over pieces of text. Its attribute `completion` is set at the end of the
             iteration.
+
+        Raises:
+            ValueError, TypeError, ImportError: as in `generate`. Also if the model has no
+                tokenizer, there are several prompts, or n is not 1.
         """
         params = self._params_of_one(sampling)
         self.require_tokenizer()
@@ -349,8 +358,10 @@ class Mistral(RequestMaker):
                 "tool_call_id", as in OpenAI's API.
             template: "v1", "v2" or "v3" of Mistral's chat templates. None: the model's own
                 template.
-            tools: functions that the model may call, in OpenAI's format.
-            tool_choice, parallel_tool_calls: as in `mistral_ext.text.tool_calls.ToolUse.of`.
+            tools: functions that the model may call, in OpenAI's format. None: it may call no
+                functions.
+            tool_choice, parallel_tool_calls: `choice` and `parallel` of
+                `mistral_ext.text.tool_calls.ToolUse.of`.
             safe_prompt: whether to begin with the system prompt
                 `mistral_ext.text.guardrails.SAFE_PROMPT`.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
@@ -384,8 +395,11 @@ class Mistral(RequestMaker):
         """Starts a conversation that keeps its cache between turns (see `Chat`).
 
         Args:
-            system: the system prompt.
+            system: the system prompt. None: there is no system prompt.
             template, safe_prompt, adapter: as in `chat`.
+
+        Raises:
+            ValueError: the model is a base model or has no tokenizer, or no adapter has the name.
         """
         self.adapters.find(adapter)
         messages: list[Mapping[str, Any]] = []
@@ -412,14 +426,15 @@ class Mistral(RequestMaker):
         template: ChatTemplate | None = None,
         adapter: str | None = None,
     ) -> Moderation:
-        """Lets the model judge whether a content is acceptable (see `mistral_ext.text.guardrails`).
+        """Lets the model judge whether a text is acceptable (see `mistral_ext.text.guardrails`).
 
         Args:
-            content: a text, or messages, of which the last one is judged.
+            content: a text, or messages. Of several messages, the last one is judged.
             template, adapter: as in `chat`.
 
         Raises:
-            ValueError: the model is a base model, or the content is too long.
+            ValueError: the model is a base model or has no tokenizer, the content is too long, or
+                no adapter has the name.
         """
         request = self.moderation_request(content, template, adapter=adapter)
         for output in self.engine.outputs([request]):
@@ -450,7 +465,11 @@ class Mistral(RequestMaker):
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
         Returns:
-            [T, V] fp32, an ordinary tensor: it may be changed, or used in a loss.
+            [T, V] fp32. It is not an inference tensor, so it may be changed, or used in a loss.
+
+        Raises:
+            ValueError, TypeError: token_ids, chunk or adapter is wrong, or the model is an
+                embedding model.
         """
         if isinstance(token_ids, Tensor):
             token_ids = token_ids.tolist()
@@ -492,14 +511,15 @@ class Mistral(RequestMaker):
         Args:
             texts: text, or a list of texts and of lists of token ids. Token ids are not changed.
             instruction: the purpose of a query, for models such as e5-mistral. Each text becomes
-                "Instruct: INSTRUCTION\\nQuery: TEXT". Documents get no instruction.
-            pooling: "last": the hidden state of the end token, which is appended to each text;
-                "mean": the mean over all tokens.
+                "Instruct: INSTRUCTION\\nQuery: TEXT". None: texts are used as they are. Documents
+                get no instruction.
+            pooling: "last": the hidden state of the last token; an end token is appended to each
+                text (not to token ids). "mean": the mean over the hidden states of all tokens.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
         Returns:
-            [N, E] fp32. Each embedding has length 1. It comes from the hidden states after the last
-            norm.
+            [N, E] fp32, for N texts and hidden states of E values. Each embedding has length 1. It
+            comes from the hidden states after the last norm.
 
         Raises:
             ValueError, TypeError: the message names the text or option that is wrong.

@@ -60,18 +60,23 @@ class RequestMaker:
         tools: ToolUse | None = None,
         adapter: str | None = None,
     ) -> Request:
-        """Makes a request to `engine`, for callers that step the engine themselves.
+        """Makes a request to the engine that completes a prompt.
 
         Args:
             ids: the prompt, token ids of the model.
             params: the options.
-            index: the number of this completion among the prompt's n completions.
-            starts_text: whether the completion begins a text, as a reply does. If False, it
-                continues a text.
+            index: the number of this completion among the prompt's n completions, from 0 on.
+            starts_text: whether the completion begins a text, as a reply does. If False, the
+                completion continues the text of the prompt.
             reuse_completions, salt: as in `Request`.
-            stop_token_ids: tokens that end the completion, besides the model's own.
-            tools: the functions that the completion may call.
+            stop_token_ids: tokens that end the completion, besides the model's own end tokens.
+            tools: the functions that the completion may call. None: it may call no functions.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
+
+        Raises:
+            ValueError: the model is an embedding model, the options need a tokenizer and there is
+                none, or no adapter has the name. Also as in `grammar`.
+            ImportError: as in `grammar`.
         """
         self.expect_writer()
         max_length = len(ids) + params.max_tokens
@@ -101,8 +106,9 @@ class RequestMaker:
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
     ) -> Grammar | None:
-        """Compiles the constraint that the options set. Returns None if they set no constraint. The
-        compiler keeps the latest grammars, so that a repeated constraint is not compiled again.
+        """Compiles the constraint that the options and tools set. Returns None if there is no
+        constraint. The latest grammars are kept, so that a repeated constraint need not be compiled
+        again.
 
         Args:
             params, starts_text, tools: as in `request`.
@@ -135,7 +141,7 @@ class RequestMaker:
         return encode_chat(self.require_tokenizer(), messages, self.chat_template(template), tools)
 
     def tool_format(self, template: ChatTemplate | None = None) -> ToolFormat | None:
-        """How the model writes tool calls, or None if the model takes no tools.
+        """Returns how the model writes tool calls, or None if the model takes no tools.
 
         Args:
             template: the chat template, as in `chat`.
@@ -150,13 +156,17 @@ class RequestMaker:
         room: int | None = None,
         adapter: str | None = None,
     ) -> Request:
-        """Makes the request to `engine` for `moderate`. It gives the logits for `moderation_of`.
+        """Makes the request to the engine for `moderate`. One of its outputs has the logits that
+        `moderation_of` reads.
 
         Args:
             content, template, adapter: as in `moderate`.
             salt: as in `Request`.
             room: the most tokens of the request. If the content does not fit, only its end is
-                judged. None: a content that is too long raises an error.
+                judged. None: a content that is too long for the model raises an error.
+
+        Raises:
+            ValueError: as in `moderate`.
         """
         self.expect_writer()
         tokenizer = self.require_tokenizer()
@@ -182,8 +192,8 @@ class RequestMaker:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> list[Request]:
-        """Makes the requests to `engine` for `embed`. `Request` explains `salt`, and `embed` the
-        other arguments."""
+        """Makes a request to the engine for each text of `embed`. `Request` explains `salt`, and
+        `embed` the other arguments and the errors."""
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}, expected {' or '.join(POOLINGS)}")
         tokenizer = self.require_tokenizer()
@@ -217,17 +227,18 @@ class RequestMaker:
         return self.tokenizer
 
     def chat_template(self, template: ChatTemplate | None = None) -> ChatTemplate:
-        """Returns the chat template to use. Raises ValueError if the model is a base model."""
+        """Returns `template`, or if it is None the model's own chat template. Raises ValueError if
+        the model is a base model, which has no template."""
         if template:
             return template
         tokenizer = self.require_tokenizer()
         return chat_template_of(self.folder, tokenizer, is_instruct(self.folder))
 
     def expect_writer(self) -> None:
-        """Raises an error for an embedding model, whose checkpoint has no output weights.
+        """Checks that the model writes text.
 
         Raises:
-            ValueError: the model does not write text.
+            ValueError: the model is an embedding model, whose checkpoint has no output matrix.
         """
         if not self.config.writes_text:
             raise ValueError(
@@ -240,8 +251,8 @@ class RequestMaker:
         """The most tokens that a prompt and its completion may have together, or None if there is
         no limit.
 
-        A model with a window sees W tokens at any position, so it has no limit. A model without a
-        window is limited to the positions that it was trained for.
+        A model with a sliding window sees a fixed number of tokens at any position, so it has no
+        limit. A model without a window is limited to the positions that it was trained for.
         """
         return None if self.config.sliding_window else self.config.max_positions
 
@@ -254,7 +265,7 @@ class RequestMaker:
             )
         encoded = []
         several = not is_one(prompts)
-        given: Sequence[Any] = prompts if several else [prompts]  # checked one by one
+        given: Sequence[Any] = prompts if several else [prompts]  # the loop checks each prompt
         for i, prompt in enumerate(given):
             name = f"prompts[{i}]" if several else "prompt"
             if isinstance(prompt, str):
@@ -289,7 +300,8 @@ class RequestMaker:
 
     @property
     def _eos_ids(self) -> tuple[int, ...]:
-        # A fine-tune may name its own token for the end of a turn only in the tokenizer's files.
+        # A fine-tuned model may end its turns with a token that the tokenizer's files name, but not
+        # its configuration. So the tokenizer's end token also ends a completion.
         eos_ids = self.config.eos_ids
         return (*eos_ids, self.tokenizer.eos_id) if self.tokenizer else eos_ids
 

@@ -10,7 +10,13 @@ from mistral_ext.text.tokenizer import Tokenizer
 
 
 class Vocabulary(NamedTuple):
-    """The vocabulary of the model in a folder, and its tokenizer, if it has one."""
+    """The vocabulary of a model.
+
+    Attributes:
+        config: the configuration of the model.
+        tokenizer: the tokenizer of the model. None: the model has no tokenizer.
+        folder: the folder or file of the model, for error messages.
+    """
 
     config: MistralConfig
     tokenizer: Tokenizer | None
@@ -18,18 +24,19 @@ class Vocabulary(NamedTuple):
 
     @property
     def sampled(self) -> int:
-        """The number of ids that may be sampled: those that the model has, and the tokenizer if
-        there is one.
+        """The number of ids that may be sampled. These are the ids below this number.
 
-        A model may have more rows than the tokenizer has tokens (padding), or fewer (if a padding
-        token was added without a row).
+        Each has a row in the model's output matrix and, if there is a tokenizer, a token. A model
+        may have more rows than the tokenizer has tokens (padding), or fewer (if a padding token was
+        added without a row).
         """
         size = self.config.vocab_size
         return min(self.tokenizer.vocab_size, size) if self.tokenizer else size
 
     def expect_own_tokenizer(self) -> None:
-        """Raises ValueError if the tokenizer belongs to another model, or lacks a token that ends a
-        text."""
+        """Raises ValueError if the tokenizer, without added tokens, has more tokens than the model,
+        or if it lacks a token that ends a text. Then it belongs to another model, or a file is
+        missing."""
         if self.tokenizer is None:
             return
         if self.tokenizer.base_size > self.config.vocab_size:
@@ -46,8 +53,8 @@ class Vocabulary(NamedTuple):
                 )
 
     def expect_drafts_from(self, draft: Vocabulary) -> None:
-        """Raises ValueError if a draft model lacks a token that may be sampled, or has another
-        token with its id."""
+        """Raises ValueError unless every id that may be sampled has the same token in the draft
+        model. If one of the models has no tokenizer, only the numbers of ids are compared."""
         given, count = f"draft_model is {draft.folder}, whose", self.sampled
         if draft.config.vocab_size < count:
             raise ValueError(
@@ -65,7 +72,8 @@ class Vocabulary(NamedTuple):
 
 
 def _shown(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token for an error message: the name of a control token, or the bytes of another token."""
+    """A token as an error message shows it: the name of a control token, the bytes of any other
+    token, or "missing" if the tokenizer has no such token."""
     if not tokenizer.known(token_id):
         return "missing"
     names = {control_id: name for name, control_id in tokenizer.control_ids.items()}

@@ -1,11 +1,11 @@
 """Measures speed: the limits of a machine, and models with random weights.
 
-This file has the names that benchmarks use for weights, because `mistral-ext --help` reads them
-without importing torch.
+This file has the names of weight formats in benchmarks. It does not import torch, because
+`mistral-ext --help` reads these names and must be quick.
 """
 
-# Plain weights -> torch's name of their dtype.
+# The name of a format of plain weights -> torch's name of the dtype.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-# The weights that are measured by default.
+# The formats that are measured by default.
 DEFAULT_WEIGHTS = ("bf16", "int8", "int4")

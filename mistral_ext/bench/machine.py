@@ -1,4 +1,4 @@
-"""The properties of a machine and its software on which speed depends."""
+"""Finds the properties of a machine and its software on which speed depends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mistral_ext import __version__, ops
 
 
 def software_and_processor() -> dict[str, Any]:
-    """The versions of the software that computes, and properties of the processor."""
+    """Returns the versions of the software on which speed depends, and properties of the machine.
+    Memory is in bytes."""
     return {
         "mistral_ext": __version__,
         "torch": torch.__version__,
@@ -22,14 +23,15 @@ def software_and_processor() -> dict[str, Any]:
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "memory": memory_bytes(),
-        "load": os.getloadavg()[0],  # processes that ran or waited, in the last minute
+        "load": os.getloadavg()[0],  # the mean number of busy processes in the last minute
         "threads": torch.get_num_threads(),
         "isa": ops.active_isa(),
     }
 
 
 def processor_name() -> str:
-    """The processor's own name, if the system knows it."""
+    """Returns the processor's own name, or its architecture if the system does not know the
+    name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -45,7 +47,8 @@ def memory_bytes() -> int:
 
 
 def is_busy(facts: dict[str, Any]) -> bool:
-    """Whether other processes use so much of the cores that measured times would be too long."""
+    """Whether other processes use so much of the cores that measured times would be too long.
+    `facts` is the result of `software_and_processor`."""
     return bool(facts["load"] + facts["threads"] > facts["cores"] + 0.5)
 
 

@@ -21,7 +21,7 @@ _NAMES_OF_DTYPES = {getattr(torch, dtype): name for name, dtype in DTYPES.items(
 
 
 def mistral_7b(layers: int) -> MistralConfig:
-    """The configuration of Mistral 7B v0.1, with another number of layers."""
+    """Returns the configuration of Mistral 7B v0.1, but with this number of layers."""
     return MistralConfig(
         vocab_size=32000,
         dim=4096,
@@ -65,9 +65,9 @@ def random_weights(
     """Makes random weights of a model, for measurements of speed.
 
     Args:
-        config: the configuration. It gives the shapes.
+        config: the configuration, which determines the shapes.
         form: the format of the matrices: "int8", "int4" or a key of
-            `mistral_ext.ops.weight.FORMATS`. None: they are plain tensors.
+            `mistral_ext.ops.weight.FORMATS`. None: the matrices are plain tensors.
         dtype: the dtype of plain weights. Norms and embeddings are always plain.
         device: the device on which the weights are made.
     """
@@ -93,8 +93,10 @@ def random_weight(
     """Makes a random weight [N, K], for measurements of speed.
 
     Args:
-        form: the format of the weight. None: it is a plain tensor. The values of a quantised weight
-            are random bits, and its scales are all equal, because speed does not depend on them.
+        shape: (N, K).
+        form: the format of the weight. The values of a quantised weight are random bits. Its scales
+            are all equal, because speed does not depend on them. None: the weight is a plain
+            tensor.
         dtype: the dtype of a plain weight.
         device: the device on which the weight is made.
         group: the number of values that share scales. None: the fewest that the format allows.
@@ -105,34 +107,36 @@ def random_weight(
     values, scales = Quantized.empty(shape, form, group, device)[:2]
     integers = torch.iinfo(values.dtype)
     values.random_(integers.min, integers.max)
-    # The bytes of scales also hold fp16 numbers. 0x1111 is a small number.
+    # Scales that are bytes also hold fp16 numbers in two bytes each. As fp16, 0x1111 is a small
+    # number.
     scales.fill_(1e-3 if scales.is_floating_point() else 0x11)
     return Quantized(values, scales, form)
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normally distributed values. One block of them is repeated, because making all values takes
-    long."""
+    """Makes a tensor of normally distributed values. It repeats one block of values, because making
+    all of them takes long."""
     count = torch.Size(shape).numel()
     block = torch.randn(min(count, 2**20), dtype=torch.float32, device=device).to(dtype)
     return block.repeat(-(-count // block.numel()))[:count].view(shape)
 
 
 def on_large_pages(x: Tensor) -> Tensor:
-    """Copies a tensor to large pages, in which the weights of a model also are."""
+    """Copies a tensor to memory in large pages, because the weights of a model are in such memory
+    too."""
     return memory.empty(x.shape, x.dtype).copy_(x)
 
 
 def step_bytes(model: Transformer) -> int:
-    """The bytes of weights that a decode step reads. It reads all weights, but only one row of the
-    embeddings."""
+    """Returns how many bytes of weights a decode step reads. The step reads all weights, but only
+    one row of the embeddings, which is not counted."""
     unread = 0 if model.embeddings is model.output else model.embeddings.nbytes
     return model.nbytes - model.adapters.nbytes - unread
 
 
 def formats_of(model: Transformer) -> str:
-    """The formats of the matrices that a decode step reads. The format with the most bytes comes
-    first."""
+    """Returns the names of the formats of the matrices that a decode step reads, separated by
+    commas. The format with the most bytes comes first."""
     nbytes: dict[str, int] = {}
     matrices = [model.output]
     for layer in model.layers:
@@ -145,13 +149,13 @@ def formats_of(model: Transformer) -> str:
 
 
 def flops(config: MistralConfig, batch: int, tokens: int, history: int = 0) -> int:
-    """The FLOPs for `tokens` new tokens in each of `batch` sequences, if only the logits of the
-    last token are needed.
+    """Returns the FLOPs for `tokens` new tokens in each of `batch` sequences, if only the logits of
+    the last token are needed.
 
     Each token is multiplied with the matrices of the layers. Only the last token is multiplied with
-    the output matrix, and with the matrices of the last layer that follow attention. Attention
-    multiplies each token with `history` earlier tokens and with the new tokens up to itself. This
-    holds as long as no window is full.
+    the output matrix, and with the matrices of the last layer that follow attention. In attention,
+    each token sees the `history` tokens before the new ones, and the new tokens up to itself. This
+    is right as long as the window is not full.
     """
     sizes = {
         name: shape[0] * shape[1]

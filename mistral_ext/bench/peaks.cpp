@@ -28,14 +28,14 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-// Independent chains of multiply-adds hide the latency of one multiply-add. AVX2 has only 16
-// registers.
+// A chain is a row of multiply-adds, each of which needs the sum of the one before. Independent
+// chains hide the latency of one multiply-add. There are fewer with AVX2, which has 16 registers.
 constexpr int kChains = kVectorBytes == 32 ? 12 : 24;
 
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef std::int64_t IntVector __attribute__((vector_size(kVectorBytes)));
 
-// Tells the compiler that the value is needed, and that it may change.
+// Makes the compiler believe that the value is needed here, and that it may have changed.
 template <class T>
 void touch(T& value) {
   asm volatile("" : : "r"(&value) : "memory");
@@ -51,8 +51,9 @@ struct Seconds {
   double shortest, sum;
 };
 
-// Calls work(pass) for each of `passes` passes, on `threads` threads that begin together. Returns
-// the seconds of the passes. A pass ends when its last thread is done.
+// Calls work(pass) for each of `passes` passes on each of `threads` threads, which begin a pass
+// together. Returns the seconds of the shortest pass, and of all passes together. A pass ends when
+// its last thread is done.
 template <class Work>
 Seconds time_passes(int threads, int passes, const Work& work) {
   std::atomic<int> there{1}, begun{0}, done{0};
@@ -82,9 +83,9 @@ Seconds time_passes(int threads, int passes, const Work& work) {
   return seconds;
 }
 
-// Reads `bytes` as kStreams runs that advance together, eight lines of 64 bytes at a time. If
-// kAhead is not 0, a line is prefetched kAhead bytes before it is read, into the first cache alone,
-// because nothing is read twice.
+// Reads `bytes` bytes as kStreams runs that advance together. A turn of the loop reads eight cache
+// lines of 64 bytes. If kAhead is not 0, each turn also prefetches the lines that are kAhead bytes
+// further on. They go into the first-level cache alone, because nothing is read twice.
 template <int kStreams, int kAhead>
 void read_all(const char* data, std::size_t bytes) {
   constexpr int kLine = 64, kLines = 8 / kStreams;
@@ -105,8 +106,8 @@ void read_all(const char* data, std::size_t bytes) {
   touch(any);
 }
 
-// A unit of arithmetic. `step` is one instruction. It adds to a sum kOps operations' worth of the
-// operand's values. The sums of different steps are independent.
+// The unit of arithmetic that is measured. `step` is one instruction. It does kOps operations, and
+// adds their results to a sum (a vector).
 struct Float32 {
   using Register = FloatVector;
   static constexpr double kOps = 2.0 * kVectorBytes / sizeof(float);
@@ -145,7 +146,8 @@ void repeat(long turns) {
   touch(x);
   sums[0] = x;
 #pragma GCC unroll 24
-  for (int i = 1; i < kChains; ++i) sums[i] = sums[i - 1] + x;  // equal sums would be one chain
+  // The compiler would compute equal sums only once, so all begin with different values.
+  for (int i = 1; i < kChains; ++i) sums[i] = sums[i - 1] + x;
   for (long turn = 0; turn < turns; ++turn) {
 #pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) sums[i] = Unit::step(sums[i], x);
@@ -153,7 +155,7 @@ void repeat(long turns) {
   auto total = sums[0];
 #pragma GCC unroll 24
   for (int i = 1; i < kChains; ++i) total += sums[i];
-  touch(total);  // touching each sum would keep the sums in memory
+  touch(total);  // `touch` needs an address, so touching each sum would keep it in memory
 }
 
 template <class Unit>
@@ -164,7 +166,7 @@ double rate(int threads, int passes) {
 }
 
 #if defined(__AMX_TILE__)
-// Six sums of 16 x 16 (tiles 0 to 5), each += tile 6 * tile 7 in turn.
+// Tiles 0 to 5 are sums of 16 x 16 numbers. Products of tiles 6 and 7 are added to each in turn.
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -181,7 +183,7 @@ template <class Multiply>
 double tile_rate(int threads, int passes, double ops, const Multiply& multiply) {
   constexpr long kTurns = 60000;  // some milliseconds
   const Seconds seconds = time_passes(threads, passes, [&](int) {
-    TileConfig before, config;  // other code of this process may rely on its configuration
+    TileConfig before, config;  // `before` is restored, because other code may rely on it
     _tile_storeconfig(&before);
     touch(before);  // GCC 12 believes that only the first 8 bytes are written or read
     touch(config);
@@ -199,10 +201,11 @@ double tile_rate(int threads, int passes, double ops, const Multiply& multiply) 
 
 extern "C" {
 
-// Bytes per second, over all passes. `data` is aligned to 64 bytes and larger than the caches.
-// Bytes beyond the last multiple of 4 MB are not read. Threads take 4 MB at a time, so that a slow
-// thread does not hold up the others. loop = 0 reads one run with prefetches, loop = 1 reads four
-// runs without. Which is faster depends on the processor.
+// Returns the bytes per second that the threads read, over all passes. `data` is aligned to 64
+// bytes and larger than the caches. Bytes beyond the last multiple of 4 MB are not read. Threads
+// take 4 MB at a time, so that a slow thread does not hold up the others. `loop` selects the loop:
+// 0 reads one run with prefetches, 1 reads four runs without prefetches. Which of the two is faster
+// depends on the processor.
 double read_bandwidth(const char* data, std::size_t bytes, int threads, int passes, int loop) {
   constexpr std::size_t kPiece = 4 << 20;
   const std::size_t pieces = bytes / kPiece;
@@ -216,8 +219,8 @@ double read_bandwidth(const char* data, std::size_t bytes, int threads, int pass
   return pieces * kPiece * passes / seconds.sum;
 }
 
-// Operations per second; a multiplication and an addition are two operations. 0 if the machine or
-// the compiler does not have the instruction.
+// These functions return operations per second. A multiplication and an addition are two
+// operations. The result is 0 if the machine or the compiler does not have the instruction.
 double fp32_rate(int threads, int passes) { return rate<Float32>(threads, passes); }
 
 double bf16_rate(int threads, int passes) {

@@ -1,10 +1,10 @@
-"""The limits of this machine's processor, measured with peaks.cpp. Speeds are given as shares of
-these limits.
+"""Measures the limits of this machine's processor with peaks.cpp. Benchmarks give speeds as shares
+of these limits.
 
-The first limit is how fast the threads read memory beyond the caches, with the best plain loop. The
-others are how fast they multiply and add with all operands in registers, one limit for each of
-`INSTRUCTIONS` that the processor has. peaks.cpp is compiled for this machine when it is first
-needed, which takes some seconds.
+The first limit is how fast the threads read memory beyond the caches, in the faster of two simple
+loops. The other limits are how fast the threads multiply and add with all operands in registers.
+There is one for each of `INSTRUCTIONS` that the processor has. peaks.cpp is compiled for this
+machine when it is first needed, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from pathlib import Path
 
 import torch
 
-# A size larger than the last-level cache of known machines. If a model would read an input from
-# memory, a benchmark uses several copies of the input in turn, which have this size together.
-BEYOND_CACHES = 256 * 2**20  # bytes
+# A size that is larger than the last-level cache of known machines, in bytes. Benchmarks of single
+# ops use it: if a model would read an input from memory, they take turns with several copies of the
+# input, which have this size together.
+BEYOND_CACHES = 256 * 2**20
 
-PASSES = 8
+PASSES = 8  # the number of passes of a measurement, by default
 
-# Name -> description, from slow to fast. The function in peaks.cpp is "<name>_rate".
+# The name of an instruction -> its description, from slow to fast. The function in peaks.cpp is
+# "<name>_rate".
 INSTRUCTIONS = {
     "fp32": "fp32 multiply-add",
     "bf16": "vdpbf16ps",
@@ -75,12 +77,13 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _buffer() -> torch.Tensor:
-    return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8)  # ones, so that the pages exist
+    # Writing ones makes the system provide the pages. Zeros might all be one page.
+    return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8)
 
 
 def buffer_bytes() -> int:
-    """The bytes of memory that `read_bandwidth` keeps after its first call. Before it they are
-    0."""
+    """Returns how many bytes of memory `read_bandwidth` keeps for its next call. This is 0 before
+    its first call."""
     return _buffer().nbytes if _buffer.cache_info().currsize else 0
 
 
@@ -93,18 +96,20 @@ def _read(library: ctypes.CDLL, passes: int, loop: int) -> float:
 
 @functools.cache
 def _faster_loop(library: ctypes.CDLL) -> int:
-    """The faster of the two loops in peaks.cpp. Each loop is judged by its best pass; they take
-    turns."""
+    """Returns the number of the faster of the two loops in peaks.cpp. The loops take turns, and the
+    best pass of each counts."""
     found = [(_read(library, 1, loop), loop) for _ in range(PASSES) for loop in (0, 1)]
     return max(found)[1]
 
 
 def read_bandwidth(passes: int = PASSES) -> float:
-    """The bytes per second that as many threads as torch has read from memory, over all passes.
+    """Returns the bytes per second that the threads read from memory. There are as many threads as
+    torch uses.
 
-    All passes count, not only the best. The result is compared with a decode step, which takes as
-    long as several passes, and the memory of a virtual machine is not at its best all that time.
-    Without a C++ compiler torch's sum reads the memory, which is up to a tenth slower.
+    All passes count, not only the best. The reason is that a decode step, with which the result is
+    compared, takes as long as several passes, and the memory of a virtual machine does not keep its
+    best speed for so long. Without a C++ compiler, torch's sum reads the memory, which is up to a
+    tenth slower.
     """
     library = _library()
     if library is not None:
@@ -117,11 +122,12 @@ def read_bandwidth(passes: int = PASSES) -> float:
 
 
 def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> dict[str, float]:
-    """The operations per second of each named instruction that this processor has. Empty without a
-    C++ compiler.
+    """Measures instructions by their names. Returns the operations per second of each that this
+    processor has. The result is empty if there is no C++ compiler.
 
     A multiplication and an addition are two operations. A pass takes some milliseconds. Only the
-    best pass counts, because other work on the machine does not change what registers allow.
+    best pass counts, because a pass that reads no memory is slower only if the machine does other
+    work.
     """
     library = _library()
     if library is None:
@@ -132,8 +138,9 @@ def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> d
 
 
 def matrix_rate(passes: int = PASSES) -> float:
-    """The operations per second of the best instruction for bf16 matrices that this processor has,
-    or if it has none, of the best for fp32. 0 without a C++ compiler."""
+    """Returns the operations per second of the fastest instruction for bf16 matrices that this
+    processor has. If it has no such instruction, the fp32 instruction is taken. Returns 0 if there
+    is no C++ compiler."""
     measured = (rates(passes, (name,)) for name in _OF_MATRICES)
     return matrix_rate_of(next(filter(None, measured), {}))
 

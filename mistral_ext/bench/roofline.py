@@ -1,9 +1,11 @@
-"""Draws a roofline: how near each point is to what the machine can do.
+"""Draws a roofline plot, which shows how near measured speeds are to what the machine can do.
 
 The horizontal axis shows FLOPs per byte of weights, the vertical axis GFLOPs per second. The roofs
 are the limits of the machine: the slope is its bandwidth, and the levels are the peaks of its
-instructions. The memory of a shared machine is not equally fast at all times. So a point is drawn
-as far below the roof as it was below the limit that was measured together with it.
+instructions. Each measured speed is a point.
+
+The memory of a shared machine is not equally fast at all times. So callers place a point as far
+below the roof as it was below the limit that was measured together with it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GIGA = 1e9
-_LEFT = 0.5  # FLOPs per byte
+_LEFT = 0.5  # the left end of the horizontal axis, in FLOPs per byte
 _COLOURS = ("#2a6fbb", "#d9822b", "#3a9d5d", "#8a5fb0", "#b8455c", "#5c6b73")
 
 
@@ -26,7 +28,7 @@ class Point(NamedTuple):
 
     Attributes:
         weights: the format of the weights, which decides the colour.
-        series: the legend's name of points with this marker.
+        series: the name that the legend gives to points with this marker.
         marker: the marker, by matplotlib's name.
         flops_per_byte: the horizontal position.
         flops: the FLOPs per second, the vertical position.
@@ -58,7 +60,7 @@ class Roofs(NamedTuple):
 
 
 def draw(points: Sequence[Point], roofs: Roofs, title: str, path: Path) -> None:
-    """Writes a roofline as a PNG. After an error the file is as it was before.
+    """Writes a roofline plot as a PNG file. After an error, an older file at the path is unchanged.
 
     Raises:
         ImportError: matplotlib is missing.

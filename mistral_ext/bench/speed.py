@@ -1,8 +1,9 @@
 """Measures how fast a model reads a prompt and decodes, as shares of the machine's limits.
 
-Machines are noisy, virtual ones above all, whose memory may be twice as fast in the next second. So
-the limits are measured before and after each run, shares are taken within a run, and medians are
-shown.
+A machine is not equally fast at all times. The memory of a virtual machine may be twice as fast in
+the next second. So a measurement has several turns. In each turn the model completes a prompt, and
+the limits are measured before and after. Shares are computed for each turn, and the medians of all
+turns are shown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mistral_ext.bench.models import flops, formats_of, step_bytes
 from mistral_ext.llm import Mistral
 
 _LEAST_TURNS, _MOST_TURNS = 2, 8
-_SECONDS = 6.0  # the time for the turns of a model, unless _LEAST_TURNS take longer
+_SECONDS = 6.0  # after this time no new turn of a model begins, if there were _LEAST_TURNS
 _READ_PASSES = 2
 _COPY_BYTES = 2**30
 _PRODUCT_SIZE = 8192
@@ -29,10 +30,10 @@ class Limits(NamedTuple):
     """The limits of a device.
 
     Attributes:
-        read: bytes of memory per second, which a CPU's threads read or a GPU's copy moves.
-        products: operations per second: on a CPU of the best instruction for bf16 matrices in
-            registers, on a GPU of a product of large bf16 matrices. 0: not measured, because there
-            is no C++ compiler.
+        read: the bytes of memory per second that a CPU's threads read, or a GPU's copy moves.
+        products: the operations per second. On a CPU they are those of `peaks.matrix_rate`, on a
+            GPU those of a product of large bf16 matrices. 0: not measured, because there is no C++
+            compiler.
     """
 
     read: float
@@ -55,9 +56,10 @@ class Rate:
 
     Attributes:
         tokens_per_second: the median of the turns.
-        share: the share of the limit, the median of the turns. None: the limit was not measured.
+        share: the share of the limit that the work reached, the median of the turns. None: the
+            limit was not measured.
         limit: the limit in bytes or operations per second, the median of the turns.
-        flops_per_byte: the number of operations for each byte of weights. The weights are read
+        flops_per_byte: the number of operations for each byte of weights, if the weights are read
             once.
     """
 
@@ -74,13 +76,13 @@ class Speed:
     Attributes:
         weights: the formats of the model's matrices. The format with the most bytes comes first.
         step_bytes: the bytes of weights that a decode step reads.
-        decode: the rate of decoding. Its share is the share of `Limits.read`.
-        prompt: the rate of reading a prompt. Its share is the share of `Limits.products`.
-        first_token_seconds: the seconds from the first prompt to its first token. This includes
+        decode: the rate of decoding. Its limit is `Limits.read`.
+        prompt: the rate of reading a prompt. Its limit is `Limits.products`.
+        first_token_seconds: the seconds from the very first prompt to its first token. They include
             making the engine and its cache.
-        memory: the bytes of memory in use after the first prompt: on a CPU the resident memory of
-            the process with the model, on a GPU the most that torch has reserved. None: the system
-            does not report it.
+        memory: the bytes of memory in use after the first prompt. On a CPU this is the resident
+            memory of the process, with the model. On a GPU it is the most that torch has reserved.
+            None: the system does not report it.
         turns: the number of turns.
     """
 
@@ -105,7 +107,7 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
     Args:
         llm: the model. It must not have made a completion yet.
         prompt_tokens: the number of tokens in a prompt.
-        decode_tokens: the number of tokens to generate after the first.
+        decode_tokens: the number of tokens to generate after the first token.
 
     Raises:
         ValueError: the prompt is too long for the model, or the model does not write text.
@@ -156,10 +158,10 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
 
 
 def _complete(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
-    """Returns the seconds until the first token of a new prompt, and the seconds of each decode
-    step after it. The tokens are copied to the CPU, so a GPU has finished when the time is
-    taken."""
-    # Each prompt has other tokens, because the engine reuses the cache of known prompts.
+    """Completes a new prompt. Returns the seconds until its first token, and the mean seconds of
+    the decode steps after it. The engine copies each token to the CPU before it takes the time, so
+    the times include all work of a GPU."""
+    # Each prompt has other tokens, because the engine would not read a known prompt again.
     ids = torch.randint(llm.config.vocab_size, (prompt_tokens,)).tolist()
     (completion,) = llm.generate([ids], max_tokens=1 + decode_tokens, ignore_eos=True, drafts=0)
     timing = completion.timing

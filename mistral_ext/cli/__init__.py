@@ -1,10 +1,11 @@
 """The command line: `mistral-ext generate`, `chat`, `serve`, `perplexity`, `eval` and others.
 
-Text goes to stdout, timings and errors to stderr. An error is one line and exit status 1 (2 for
-wrong usage, 130 for Ctrl-C); --traceback shows where it came from.
+Text goes to stdout, timings and errors to stderr. After an error the exit status is 1 (2 for wrong
+usage, 130 for Ctrl-C). The error is printed in one line; --traceback shows where it came from.
 
-Each command has a file with two functions: `add_to` describes the command, `run` runs it. Only
-`run` imports torch, mostly by `start`, so help and errors of usage come at once.
+Each command has a file with two functions: `add_to` describes the command, `run` runs it. Help and
+errors of usage come at once, because only `run` imports torch. Most commands do so by calling
+`start`, after they have checked their options.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _run(argv: list[str] | None) -> int:
     from mistral_ext.cli.parser import as_typed, parse
     from mistral_ext.cli.threads import check_threads
 
-    if sys.stderr is None:  # closed: print would write to stdout
+    if sys.stderr is None:  # stderr is closed, and print would write to stdout instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     args = parse(argv)
     try:
@@ -50,7 +51,8 @@ def _run(argv: list[str] | None) -> int:
         if args.traceback:
             raise
         message = _one_line(error)
-        if not isinstance(error, OSError | ImportError):  # their messages name no options
+        # Messages of OSError and ImportError name no options.
+        if not isinstance(error, OSError | ImportError):
             message = as_typed(message, args.flags)
         print(f"mistral-ext: {message}", file=sys.stderr)
         return 1

@@ -132,7 +132,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _weights(args: argparse.Namespace) -> list[str | None]:
-    """The formats to measure. None stands for the format in which the weights are stored."""
+    """Returns the formats to measure. None stands for the format in which the weights are
+    stored."""
     from mistral_ext.ops.weight import FORMATS
 
     if args.weights is None and args.model:

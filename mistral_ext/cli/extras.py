@@ -1,4 +1,4 @@
-"""Checks for packages that only extras install."""
+"""Checks for packages that are not always installed, but only with an extra of this package."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def add_to(commands: options.Commands) -> None:
     parser.set_defaults(run=run)
 
 
-# Fields of TrainingOptions
+# Fields of TrainingOptions that have an option: name, type, help.
 _OPTIONS = (
     ("rank", int, "of the adapter"),
     ("alpha", float, "the update is alpha / rank * B A (default twice the rank)"),
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mistral_ext.finetune import Interrupted, Trainer
 
-    TrainingOptions(**training)  # complain before the model is loaded
+    TrainingOptions(**training)  # reports wrong options before the model is loaded
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("mistral_ext").setLevel(logging.INFO)
     llm = load_model(args)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _training_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `TrainingOptions` that were given."""
+    """Returns the fields of `TrainingOptions` that the user has given."""
     names = [name for name, _, _ in _OPTIONS]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.targets is not None:

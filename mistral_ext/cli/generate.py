@@ -42,7 +42,7 @@ def add_to(commands: options.Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args)
     sampling = options.sampling_of(args)
-    SamplingParams.from_options(sampling)  # complain before the model is loaded
+    SamplingParams.from_options(sampling)  # reports wrong options before the model is loaded
     llm, adapter = load_adapted_model(args, draft_model=args.draft_model)
     if args.json or args.n > 1:
         for completion in llm.generate(prompt, args.special, adapter, **sampling):
@@ -70,5 +70,5 @@ def _read_prompt(args: argparse.Namespace) -> str:
         return str(args.prompt)
     if args.file is None and args.prompt is None and stdin().isatty():
         raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
-    # Editors and echo end a text with a newline that nobody means as part of a prompt.
+    # Editors and `echo` end a text with a newline, which is not meant as part of the prompt.
     return read_text(args.file or "-").removesuffix("\n")

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cache_size(args: argparse.Namespace) -> str:
-    """The number of tokens that the model's cache would have room for. No weights are read for
-    this."""
+    """Returns a text that says for how many tokens the model's cache would have room. No weights
+    are read for this."""
     from mistral_ext.engine.memory import default_slots
     from mistral_ext.llm import DEFAULT_MAX_BATCH
     from mistral_ext.weights.checkpoint import Checkpoint

@@ -9,14 +9,14 @@ from mistral_ext.files import decode_text, read_text_file
 
 
 def stdin() -> TextIO:
-    """Standard input. Raises ValueError if it is closed."""
+    """Returns standard input. Raises ValueError if it is closed."""
     if sys.stdin is None:
         raise ValueError("stdin is closed, expected text in it")
     return sys.stdin
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of stdin if the name is '-'."""
+    """Returns the text of a file, or of stdin if `file` is "-"."""
     if file == "-":
         return decode_text(stdin().buffer.read(), "stdin")
     return read_text_file(file)

@@ -1,4 +1,7 @@
-"""Options that several commands share, and the values that follow from them."""
+"""Options that several commands share, and what follows from their values.
+
+Functions that return a parser make one for the argument `parents` of a command's own parser.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ if TYPE_CHECKING:
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-QUANTIZE = ("int8", "int4")  # weights.quantize.NAMES, whose module imports torch
+# The keys of weights.quantize.NAMES, which is not imported because its module imports torch.
+QUANTIZE = ("int8", "int4")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def common() -> argparse.ArgumentParser:
-    """Options of every command."""
+    """Makes a parser of the options of every command."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--threads",
@@ -35,7 +39,7 @@ def common() -> argparse.ArgumentParser:
 
 
 def model() -> argparse.ArgumentParser:
-    """Options of a command that loads a model."""
+    """Makes a parser of the options of a command that loads a model."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -72,8 +76,8 @@ def add_dtype(parser: argparse._ActionsContainer, text: str) -> None:
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
-    """The dtype that --dtype names, or None if the option was not given. It imports torch, so
-    `start`, which sets torch's threads, must come first."""
+    """Returns the dtype that --dtype names, or None if the option was not given. This function
+    imports torch, so `start`, which sets torch's threads, must be called first."""
     import torch
 
     dtype: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None
@@ -81,7 +85,7 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `MistralConfig` that the `model` options set."""
+    """Returns the fields of `MistralConfig` that the options of `model` set."""
     overrides: dict[str, Any] = {}
     if args.sliding_window is not None:
         overrides["sliding_window"] = args.sliding_window or None
@@ -93,11 +97,11 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
-    """Starts the command, and loads the model that the `model` options name.
+    """Calls `start`, and loads the model that the options of `model` name.
 
     Args:
         args: the parsed options.
-        more: arguments of `Mistral.from_pretrained`.
+        more: further arguments of `Mistral.from_pretrained`.
     """
     start(args)
     from mistral_ext.llm import Mistral
@@ -109,8 +113,8 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Mistral.from_pretrained` that the `model` options set, except the model and
-    its dtype."""
+    """Returns the arguments of `Mistral.from_pretrained` that the options of `model` set, except
+    the model itself and its dtype."""
     return {
         "device": args.device,
         "prefill_chunk": args.prefill_chunk,
@@ -122,8 +126,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draft_model() -> argparse.ArgumentParser:
-    """The option --draft-model, for commands that generate text with a model that the user
-    names."""
+    """Makes a parser of the option --draft-model, for commands that generate text."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--draft-model",
@@ -134,7 +137,7 @@ def draft_model() -> argparse.ArgumentParser:
 
 
 def adapter() -> argparse.ArgumentParser:
-    """The option of a command that uses one adapter."""
+    """Makes a parser of the option --adapter, for commands that use one LoRA adapter."""
     parser = argparse.ArgumentParser(add_help=False)
     add_adapter(parser, "LoRA adapter to use: a folder, file or hub id")
     return parser
@@ -143,16 +146,17 @@ def adapter() -> argparse.ArgumentParser:
 def add_adapter(
     parser: argparse._ActionsContainer, text: str, flag: str = "--adapter", **more: Any
 ) -> None:
-    """Adds an option for adapters. Its value is a name and a path."""
+    """Adds an option for LoRA adapters. Its value is a pair of a name and a path or hub id."""
     parser.add_argument(flag, type=_named_path, metavar="NAME=PATH_OR_ID", help=text, **more)
 
 
 def load_adapted_model(args: argparse.Namespace, **more: Any) -> tuple[Mistral, str | None]:
-    """Loads the model with the adapter that the `adapter` option names. Returns both.
+    """Loads the model as `load_model` does, with the adapter that --adapter names. Returns the
+    model and the name of the adapter (None: no adapter was named).
 
     Args:
         args: the parsed options.
-        more: arguments of `Mistral.from_pretrained`.
+        more: further arguments of `Mistral.from_pretrained`.
     """
     if args.adapter is None:
         return load_model(args, **more), None
@@ -161,7 +165,7 @@ def load_adapted_model(args: argparse.Namespace, **more: Any) -> tuple[Mistral, 
 
 
 def sampling() -> argparse.ArgumentParser:
-    """Options of a command that samples."""
+    """Makes a parser of the options of a command that samples tokens."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("sampling")
     for name, kind, text in (
@@ -210,7 +214,7 @@ def sampling() -> argparse.ArgumentParser:
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `SamplingParams` that the `sampling` options set."""
+    """Returns the fields of `SamplingParams` that the options of `sampling` set."""
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     given["logit_bias"] = dict(args.logit_bias)

@@ -1,4 +1,4 @@
-"""Output of several commands: timings and log-probabilities."""
+"""Prints timings and log-probabilities, for several commands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 def report(llm: Mistral, completion: Completion | None) -> None:
-    """Prints the timing of a completion, and log-probabilities if requested, to stderr."""
-    if completion is None:  # the completion was interrupted
+    """Prints the timing of a completion to stderr, and its log-probabilities if they were
+    requested. Prints nothing if the completion is None, because it was interrupted."""
+    if completion is None:
         return
     print_timing(completion)
     if completion.logprobs is not None:
@@ -35,7 +36,7 @@ def _print_logprobs(llm: Mistral, completion: Completion) -> None:
     tokenizer = llm.require_tokenizer()
 
     def show(token_id: int, logprob: float) -> str:
-        if not tokenizer.known(token_id):  # the model may have rows without tokens
+        if not tokenizer.known(token_id):  # the model may have more ids than the tokenizer
             return f"<{token_id}> {logprob:.3f}"
         text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         return f"{text!r} {logprob:.3f}"

@@ -22,7 +22,7 @@ from mistral_ext.cli import (
     serve,
 )
 
-# In the order in which the help lists them.
+# The commands, in the order in which the help lists them.
 _COMMANDS = (
     generate,
     chat,
@@ -37,7 +37,9 @@ _COMMANDS = (
     info,
 )
 
+# A name of several words, unless it is part of a path, is quoted, or follows a colon.
 _NAME = re.compile(r"(?<![\w./'-])(?<!: )[a-z]+(_[a-z]+)+(?![\w/']|\.\w)")
+# The name of a file at the beginning of a message.
 _OF_A_FILE = re.compile(r"\S*[/.]\S*:? ")
 
 
@@ -52,9 +54,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the arguments. The result also has `run`, the function of the command, and `flags`,
-    the options of the command by the names of their Python arguments. Raises SystemExit for wrong
-    usage."""
+    """Parses the arguments of the command line. Raises SystemExit for wrong usage.
+
+    Args:
+        argv: the arguments. None: the arguments of this process.
+
+    Returns:
+        The values of the options. It also has `run`, the function of the command, and `flags`, the
+        options of the command by the names of the library's arguments (see `as_typed`).
+    """
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -66,12 +74,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def as_typed(message: str, flags: Mapping[str, str]) -> str:
-    """Rewrites an error message of the library: options get the names that a user types.
+    """Rewrites an error message of the library. Names of the library's arguments, such as
+    max_tokens, are replaced by what a user types, such as --max-tokens.
 
-    A message that begins with a file is about keys of the file, and does not change. A name of
-    several words, such as max_tokens, is always replaced, unless it is part of a path, is quoted,
-    or follows a colon, as keys of a file do. Other words are replaced only if they begin the
-    message, or are joined to its beginning, as in "group is 32 and size is '1MB', expected".
+    A message that begins with a file is about keys of the file, and does not change. In other
+    messages a name of several words (max_tokens) is replaced, unless it is part of a path, is
+    quoted, or follows a colon, as keys of a file do. A name of one word is replaced only if it
+    begins the message, or is joined to its beginning by "and", as in "group is 32 and size is
+    '1MB', expected".
+
+    Args:
+        message: the message.
+        flags: the name of an argument -> the option.
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -85,13 +99,13 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The options of a command, by the names of the library's arguments that they set."""
+    """Returns the options of a command, by the names of the library's arguments that they set."""
     flags = {}
     for action in parser._actions:
         if action.option_strings:
             flags[action.dest] = action.option_strings[-1]
-            # An option that may be repeated (--api-key) makes a list. The library's argument may be
-            # its plural (api_keys).
+            # An option that may be repeated (--api-key) makes a list. The name of the library's
+            # argument may then be the plural (api_keys).
             if isinstance(action, argparse._AppendAction):
                 flags[f"{action.dest}s"] = action.option_strings[-1]
     return flags

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from mistral_ext.weights.new_folder import expect_free, is_free
     from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
-    expect_free(Path(args.target))  # complain before the text is read
+    expect_free(Path(args.target))  # reports a folder that exists before the text is read
     tokens = _tokens(args) if args.calibrate is not None else None
     try:
         folder = quantize_checkpoint(
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tokens(args: argparse.Namespace) -> list[int]:
-    """The first tokens of the calibration text."""
+    """Returns the first tokens of the calibration text, at most `_CALIBRATION_TOKENS`."""
     text = read_text(args.calibrate)
     if not text.strip():
         raise ValueError(f"{args.calibrate!r} is empty, expected a text for --calibrate")

@@ -1,4 +1,4 @@
-"""`mistral-ext serve --ray`: the server as replicas on a Ray cluster."""
+"""`mistral-ext serve --ray`: run replicas of the server on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Serves (see `serve.ray.run`). Call `start` first, so that torch uses as many threads as a
-    command may use on this machine."""
+    """Serves until it is stopped (see `serve.ray.run`), and returns the exit status. Call `start`
+    first: if --threads is not given, the replicas share the number of threads that torch has."""
     import torch
 
     from mistral_ext.serve import ray
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _found(path: str | None) -> str | None:
-    """The absolute form of a path that exists on this machine. Replicas need it because they have
-    another working directory. Other names do not change."""
+    """Returns the absolute form of a path that exists on this machine. Replicas need it because
+    they have another working directory. Other names, such as hub ids, do not change."""
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 

@@ -1,4 +1,4 @@
-"""The start of a command. Importing torch takes most of its time."""
+"""Starts a command. Importing torch takes most of the time of a start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mistral_ext.cli.threads import default_threads
 
 
 def end_on_ctrl_c() -> None:
-    """Makes Ctrl-C end this process at once, until `start` has imported the command's modules.
+    """Makes Ctrl-C end this process at once, until `start` has imported torch and the model.
 
-    A KeyboardInterrupt would not work during imports: some modules swallow it, others print it. At
-    this time no work is under way that needs an orderly end.
+    During imports a KeyboardInterrupt would not work, because some modules swallow it and others
+    print it. It is not needed either, because no work has begun that must be ended in order.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -1,4 +1,4 @@
-"""The number of threads that a command may use, and the number that it uses by default."""
+"""Decides how many threads a command may use, and how many it uses by default."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def check_threads(threads: int | None) -> None:
 
 
 def default_threads(of_torch: int) -> int:
-    """The number of threads of a command without --threads.
+    """Returns the number of threads of a command without --threads.
 
     Args:
-        of_torch: the number of threads with which torch begins. Without MKL it is one for each
+        of_torch: the number of threads that torch has chosen. Without MKL it is one for each
             logical processor.
 
     Returns:
-        `of_torch` if the user has set OMP_NUM_THREADS, with which torch begins. Otherwise the least
-        of `of_torch`, the number of physical cores and what the container allows, as far as these
-        are known.
+        `of_torch` if the user has set the variable OMP_NUM_THREADS, which torch obeys. Otherwise
+        the least of `of_torch`, the number of physical cores and the number of cores that the
+        container allows, as far as these are known.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return of_torch
@@ -38,11 +38,14 @@ def default_threads(of_torch: int) -> int:
 
 
 def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None:
-    """The number of physical cores of these logical processors, as Linux lists them, or None if it
-    is unknown.
+    """Returns the number of physical cores of some logical processors, or None if it is unknown.
 
-    The threads of a core share its arithmetic and its way to memory, so a second thread gains
-    little.
+    The logical processors of a core share its arithmetic units and its way to memory, so a second
+    thread on a core gains little.
+
+    Args:
+        processors: the numbers of the logical processors.
+        root: the folder in which Linux lists processors.
     """
     try:
         siblings = {
@@ -54,11 +57,12 @@ def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None
 
 
 def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | None:
-    """The processor time that Linux gives this process's control groups, in cores, rounded up.
+    """Returns the processor time that Linux allows this process's control groups, as a number of
+    cores, rounded up.
 
-    A container sees all cores of its machine. If it runs more threads than its quota allows, the
-    kernel stops all of them for the rest of each period. Threads that wait for each other lose the
-    most.
+    A container sees all cores of its machine. If its threads use more time than its quota allows,
+    the kernel stops all of them for the rest of each period. Threads that wait for each other lose
+    the most by this.
 
     Args:
         root: the folder in which control groups are mounted, version 2 or 1.
@@ -77,8 +81,8 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
         if controllers and not version_1:
             continue
         mount = root / "cpu" if version_1 else root
-        # A parent's limit also holds for its children, so all folders up to the mount are read. A
-        # container may see its own group as the mount, where the path of the group does not exist.
+        # A parent's limit also holds for its children, so all folders up to the mount are read. In
+        # a container the mount itself may be the container's group. Then only the mount exists.
         folder = mount / group.lstrip("/")
         for place in (folder, *folder.parents):
             limits.append(_quota(place, version_1))
@@ -89,7 +93,7 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
 
 
 def _quota(folder: Path, version_1: bool) -> float | None:
-    """The number of cores that a control group may use, or None if it sets no limit."""
+    """Returns the number of cores that a control group may use, or None if it sets no limit."""
     try:
         if version_1:
             quota = (folder / "cpu.cfs_quota_us").read_text()

@@ -17,12 +17,12 @@ class LoadedAdapter:
     """An adapter that is loaded into a running model.
 
     Attributes:
-        name: the name by which requests ask for it.
-        slot: its index in the stacks of `model.adapters`.
+        name: the name by which requests ask for the adapter.
+        slot: the adapter's index in the stacks of `model.adapters`.
         free: the method `AdapterTable.free`. The engine calls it between steps, after a request
-            with this adapter has ended. The memory of removed adapters may have been kept for this
-            request.
-        is_loaded: False once the adapter was removed. Running sequences continue to use it.
+            with this adapter has ended, because this request may have been the last one that needed
+            the memory of a removed adapter.
+        is_loaded: False once the adapter was removed. Requests that have begun continue to use it.
     """
 
     name: str
@@ -48,9 +48,9 @@ class AdapterTable:
         self._by_name: dict[str, LoadedAdapter] = {}
 
     def reserve(self, count: int) -> None:
-        """Makes later calls of `load` allocate memory for `count` adapters at once. Up to this
-        number, a `load` then copies other adapters only if the new adapter has a larger rank. This
-        holds until an adapter is removed."""
+        """Makes the next `load` allocate memory for `count` adapters. Up to this number, later
+        calls need not copy the adapters that are already loaded, unless the new adapter has a
+        larger rank. This holds until an adapter is removed."""
         self._adapters.reserve(count)
 
     @property
@@ -83,9 +83,10 @@ class AdapterTable:
         """Adds an adapter.
 
         Args:
-            name: a new name.
+            name: a name that no loaded adapter has.
             weights: the updates of weights, as in `model.adapters.Adapters.put`.
-            in_use: the adapters of requests that have not ended. Their slots must not change.
+            in_use: the adapters of requests that have not ended, also those that were removed. The
+                new adapter gets another slot than they have.
 
         Raises:
             ValueError: `name` cannot be the name of a new adapter.
@@ -97,8 +98,8 @@ class AdapterTable:
         self._by_name[name] = LoadedAdapter(name, slot, self.free)
 
     def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Removes an adapter. Its memory is freed when no request uses this adapter or an adapter
-        in a later slot any more, perhaps at once.
+        """Removes an adapter. Its memory is freed as soon as requests use neither this adapter nor
+        an adapter in a later slot. This may be at once.
 
         Args:
             name: the name of the adapter.
@@ -127,11 +128,11 @@ class AdapterTable:
             _log.exception("the memory of a removed adapter was not freed")
 
     def _close_gaps(self, in_use: Collection[LoadedAdapter]) -> None:
-        """Moves adapters that no request uses into free slots, and frees the slots after the last
-        adapter.
+        """Moves adapters that no request uses into free slots before them, and frees the slots
+        after the last adapter.
 
-        Adapters that requests use are not moved, because a step under way may still name their
-        slots.
+        Adapters that requests use are not moved, because a step under way may still use their slot
+        numbers.
         """
         idle = set(self._by_name.values()) - set(in_use)
         taken = {adapter.slot for adapter in (*idle, *in_use)}

@@ -1,10 +1,10 @@
-"""A draft model: a smaller model with the same vocabulary, which guesses the next tokens of
-sequences.
+"""Guesses the next tokens of sequences with a draft model, which is a smaller model with the same
+vocabulary.
 
 The draft model has its own cache, with an extent for each sequence that it guesses for. If a
 sequence continues with other tokens than were guessed, its extent is rewound to the last right
-token. The extent of an ended sequence is kept until its memory is needed, for later sequences with
-the same beginning, above all for the next turn of a chat.
+token. The extent of an ended sequence is kept until its memory is needed. Later sequences with the
+same beginning reuse it, above all the next turn of a chat.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from mistral_ext.model.transformer import Transformer
 
 @dataclass(eq=False)
 class _Place:
-    """The part of a sequence that the draft model's cache holds.
+    """The tokens of a sequence that the draft model's cache holds.
 
     Attributes:
-        extent: the slots of the sequence. They hold its first `known` tokens, then `guesses`.
+        extent: the slots of the sequence in that cache.
+        known: the number of tokens of the sequence that the slots hold.
+        guesses: the guessed tokens that the slots hold after these.
     """
 
     extent: Extent
@@ -40,19 +42,19 @@ class _Place:
 
 
 class DraftModel:
-    """Guesses the next tokens of sequences. It chooses them as the sampler would, from its own
-    logits.
+    """Guesses the next tokens of sequences. It chooses them by the rules of the sampler from the
+    draft model's logits.
 
     Args:
         model: the weights of the draft model, on the device of the sampler.
         sampler: the sampler of the sequences, which has their options and state. It is not changed.
         rows: the number of rows of the sampler.
-        slots: the number of tokens that the cache has room for.
-        chunk: the most tokens that a call of `prepare` reads, of all sequences together.
+        slots: the number of tokens that the draft model's cache has room for.
+        chunk: the most tokens that a call of `prepare` reads in pieces, of all sequences together.
         make_runner: makes the runner, given a model, a cache and a sampler.
 
     Attributes:
-        pool: the cache.
+        pool: the draft model's cache.
         prefixes: the extents of sequences that have ended.
         rows: the number of rows of the last pass of `guess`.
         is_usual: whether later passes take as long as the last pass of `guess` (see `Step`).
@@ -77,19 +79,20 @@ class DraftModel:
         self._places: dict[Sequence, _Place] = {}
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Prepares the cache for at most `MOST_ROWS` sequences. Sequences with many unread tokens
-        are read in pieces, in total up to `chunk` tokens per call.
+        """Makes room in the draft model's cache for at most `MOST_ROWS` sequences, and reads their
+        tokens. Sequences with many unread tokens are read in pieces, in total up to `chunk` tokens
+        per call.
 
         Returns:
-            The sequences that may be given to `guess`, all in one call. They have room for guesses,
-            and all their tokens are read, except those that the first pass of `guess` reads.
+            The sequences that are ready for one common call of `guess`. They have room for guesses.
+            All their tokens are read, except those that the first pass of `guess` reads.
         """
         places = {s: place for s in sequences if (place := self._place(s)) is not None}
         rows, budget = MOST_ROWS - len(places), self._chunk
         ready: list[Sequence] = []
         pieces: dict[Sequence, Piece] = {}
         for sequence, place in places.items():
-            # `guess` reads the last token, because the first guess comes from its logits.
+            # `guess` reads the last token, because the logits after it give the first guess.
             unread = sequence.ids[place.known : -1]
             if len(unread) <= rows:
                 rows -= len(unread)
@@ -115,10 +118,10 @@ class DraftModel:
 
         Yields:
             For each sequence its next token, and the probability that the model gives this token.
-            There are at most 7 iterations.
+            There are at most `MOST_DRAFTS` iterations.
 
         Raises:
-            ValueError: the model chooses no token.
+            ValueError: no token can be chosen, because a logit is NaN or all are -inf.
         """
         places = [self._places[sequence] for sequence in sequences]
         extents, rows = [place.extent for place in places], [s.sampler_row for s in sequences]
@@ -150,18 +153,19 @@ class DraftModel:
             yield self._guesses(sequences, token_ids, logits)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Forgets all other sequences. Their extents stay for later sequences with the same
-        beginning, until the memory is needed."""
+        """Forgets all sequences but these. The extents of the others stay for later sequences with
+        the same beginning, until the memory is needed."""
         for sequence in [s for s in self._places if s not in sequences]:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
-            # All of the extent may serve other sequences, because guesses need not be exact.
+            # Count all tokens as exact, generated ones too, so that other sequences may reuse all
+            # of them. Their keys may differ in last bits from exact ones, but guesses may be wrong.
             self.prefixes.add(place.extent, sequence, exact=place.known)
 
     @contextmanager
     def _forgotten_on_failure(self, sequences: Collection[Sequence]) -> Iterator[None]:
-        """Forgets the sequences if a pass over them fails, because it is not known what the pass
-        has written."""
+        """Forgets the sequences if the block raises an error, because nobody knows what a failed
+        pass has written."""
         try:
             yield
         except BaseException:
@@ -179,8 +183,9 @@ class DraftModel:
         return [(token_id, float(of_all[i, token_id])) for i, token_id in enumerate(token_ids)]
 
     def _place(self, sequence: Sequence) -> _Place | None:
-        """The place of a sequence. It is rewound to the last right token, and has room for the
-        sequence's other tokens and for guesses. Returns None if there is no room."""
+        """Returns the place of a sequence. It is rewound to the last token that was guessed right,
+        and has room for the sequence's later tokens and for guesses. Returns None if there is no
+        room, or if guesses are not worth it (see `_enter`)."""
         place = self._places.get(sequence) or self._enter(sequence)
         if place is None:
             return None
@@ -189,7 +194,7 @@ class DraftModel:
             if guess != token_id:
                 break
             right += 1
-        # At least the last token is read again, because the next guess comes from its logits.
+        # The last token is always read again, because the logits after it give the next guess.
         place.known, place.guesses = min(place.known + right, len(ids) - 1), []
         self.pool.rewind(place.extent, place.known)
         if not self.prefixes.grow(place.extent, len(ids) - place.known + MOST_DRAFTS):
@@ -198,8 +203,9 @@ class DraftModel:
         return place
 
     def _enter(self, sequence: Sequence) -> _Place | None:
-        """Makes a place for a sequence. Returns None if there is no room, or if reading the
-        sequence, a chunk in each step, would take more than half of the steps that it has left."""
+        """Makes a place for a sequence. Returns None if there is no room. Also returns None if the
+        draft model, which reads one chunk per step, would need more than half of the sequence's
+        remaining steps only to read the tokens so far."""
         match = self.prefixes.find(sequence, running=())
         unread = len(sequence.ids) - (0 if match is None else match.length)
         left = sequence.request.max_length - len(sequence.ids)

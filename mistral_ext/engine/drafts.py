@@ -1,11 +1,11 @@
-"""Drafts: guesses of the next tokens of sequences. The pass that computes the next tokens checks
-them.
+"""Chooses drafts, which are guesses of the next tokens of sequences. The pass that computes the
+next token of a sequence also checks its drafts.
 
-A draft is accepted only if the pass that checks it chooses the same token. On the CPU a token has
-the same bits in passes of more tokens, so drafts change only the speed of a text. On a GPU
-attention divides its sums by the number of rows in a pass, so drafts may decide between tokens that
-are nearly as likely. A `Proposer` or a draft model proposes tokens. `Drafter` decides which of them
-are worth a row in a pass.
+A draft is accepted only if that pass chooses the same token. On the CPU a token gets the same bits
+in a pass of 1 row and of 8 rows, so drafts change only the speed of a text. On a GPU, the number of
+rows decides how attention splits its sums. So with drafts another token may be chosen if two tokens
+are almost equally likely. A `Proposer` or a draft model proposes tokens. `Drafter` decides which of
+them are worth a row in a pass.
 
 Source: Leviathan et al. 2022, arXiv:2211.17192.
 """
@@ -30,11 +30,13 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger("mistral_ext")
 
-# A sequence may lose this many tokens by wrong drafts, plus this share of its completion.
+# The time that wrong drafts cost a sequence is counted in tokens that could have been generated in
+# it. A sequence may lose the first number of tokens, plus the second number as a share of its
+# completion. Beyond that it gets no more drafts.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
-# The most tokens to guess at a time without a draft model. On a GPU drafts may change a text, and
-# their speed was not measured, so there are none by default.
+# The most tokens to guess at a time without a draft model, by default. On a GPU, drafts may change
+# a text, and nobody has measured how they change the speed. So the default there is 0.
 _DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 
@@ -47,9 +49,11 @@ def room_for_drafts(sequence: Sequence, pool: SlotPool, drafts: int, unknown: in
     """How many drafts a sequence may have in the next step.
 
     Args:
-        pool: the cache, where the sequence has its place.
-        drafts: the most drafts if the request of the sequence does not set a number.
-        unknown: the number of tokens that steps under way compute. They come before the drafts.
+        sequence: the sequence, which is running.
+        pool: the cache that holds the sequence's extent.
+        drafts: the most drafts, if the sequence's request does not set a number.
+        unknown: the number of the sequence's tokens that steps under way compute. These tokens come
+            before the drafts.
     """
     params = sequence.request.params
     if params is None or not sequence.generates:
@@ -81,8 +85,8 @@ class Drafter:
     """Decides which drafts the sequences of a pass get.
 
     Args:
-        model: guesses tokens if this is more promising than guesses from the sequence's text or
-            grammar. None: there is no draft model.
+        model: the draft model. It guesses tokens of a sequence if its guesses are likelier to be
+            right than those from the sequence's text or grammar. None: there is no draft model.
     """
 
     def __init__(self, model: ModelGuesses | None = None) -> None:
@@ -92,15 +96,19 @@ class Drafter:
     def choose(
         self, sequences: List[Sequence], room: List[int], unknown: int = 0
     ) -> dict[Sequence, list[int]]:
-        """Chooses the drafts that make a pass worth more than it costs.
+        """Chooses the drafts of a pass, so that it gives the most expected tokens per second.
 
         Args:
-            sequences: all sequences of the pass. Each has one row.
-            room: the most drafts that each sequence may have.
-            unknown: the number of tokens of each sequence, before the drafts, that are still being
-                computed, and so are guesses too. A draft model does not guess beyond such tokens.
-                If it could guess for a sequence once they are known, the sequence is in the result
-                without drafts.
+            sequences: all sequences of the pass. Each has one row without drafts.
+            room: for each sequence the most drafts that it may have.
+            unknown: the number of tokens of each sequence that steps under way still compute. These
+                tokens come before the drafts, so they have to be guessed too. A draft model does
+                not guess beyond them.
+
+        Returns:
+            The drafts of each sequence that gets any. If `unknown` is not 0, a sequence for which
+            the draft model could guess once the tokens are known is also in the result, with an
+            empty list.
         """
         plain = len(sequences)
         cost = self._costs.seconds(plain)
@@ -122,7 +130,7 @@ class Drafter:
         return self._best(rows, plain, cost)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Forgets all other sequences."""
+        """Forgets all sequences but these."""
         if self._model is not None:
             self._model.keep_only(sequences)
 
@@ -156,9 +164,10 @@ class Drafter:
     def _best(
         self, rows: list[tuple[float, Sequence, int]], plain: int, cost: float
     ) -> dict[Sequence, list[int]]:
-        """Takes the most likely drafts, as many as give the most expected tokens per second. Takes
-        none if no number of drafts is worth it (`LEAST_ADVANTAGE`)."""
-        rows.sort(key=lambda row: -row[0])  # stable: drafts of a sequence stay in their order
+        """Takes the most likely drafts. Takes as many as give the most expected tokens per second,
+        and no drafts if this is hardly more than without them (`LEAST_ADVANTAGE`)."""
+        # The sort is stable, and chances fall within a sequence, so its drafts stay in their order.
+        rows.sort(key=lambda row: -row[0])
         best, count, expected = LEAST_ADVANTAGE * plain / cost, 0, float(plain)
         for i, (chance, _, _) in enumerate(rows[: MOST_ROWS - plain], 1):
             expected += chance
@@ -177,11 +186,11 @@ class Drafter:
         drafts: Mapping[Sequence, List[int]],
         accepted: Mapping[Sequence, int],
     ) -> None:
-        """Counts a pass.
+        """Notes the time of a pass, and which of its drafts were right.
 
         Args:
             plain: the number of sequences of the pass.
-            seconds: the time that the pass took. None: the time is no measure for other passes.
+            seconds: the time that the pass took. None: its time was unusual and is not noted.
             drafts: the drafts of each sequence that were in the pass.
             accepted: how many of each sequence's drafts were right.
         """
@@ -194,7 +203,8 @@ class Drafter:
         before, after = self._costs.seconds(plain), self._costs.seconds(rows)
         if not drafts or not before or not after:
             return
-        cost = max(0.0, plain * (after / before - 1)) / (rows - plain)  # cost of a draft, in tokens
+        # The cost of one draft, in tokens that could have been generated in the same time.
+        cost = max(0.0, plain * (after / before - 1)) / (rows - plain)
         for sequence, given in drafts.items():
             sequence.proposer.note(accepted[sequence], cost * len(given))
 
@@ -202,8 +212,8 @@ class Drafter:
 def _rows(
     sequence: Sequence, guesses: List[tuple[int, float]], unknown: int = 0
 ) -> list[tuple[float, Sequence, int]]:
-    """The guesses that follow the unknown tokens. Each has the chance that it and all guesses
-    before it are right."""
+    """Returns the guesses after the first `unknown` ones, which stand for tokens that steps under
+    way compute. Each has the chance that it and all guesses before it are right."""
     rows, chance = [], 1.0
     for i, (token, of_token) in enumerate(guesses):
         chance *= of_token

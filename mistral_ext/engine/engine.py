@@ -5,11 +5,11 @@
         for output in engine.step():
             ...
 
-`scheduler` decides what a step does, `passes` and `runner` do it, `slots` has the memory. A step
-makes up to two passes over the weights. The first pass reads the next pieces of prompts. The second
-pass computes the next token of every sequence whose prompt has been read. On a CPU the first pass
-may pause between two layers and continue in the next step, so that the second pass waits little
-(`pace`).
+`scheduler` decides what a step does, `passes` and `runner` do it, and `slots` manages the memory of
+the cache. A step makes up to two passes over the weights. The first pass reads the next pieces of
+prompts. The second pass computes the next token of every sequence whose prompt has been read. On a
+CPU the first pass may pause between two layers and continue in the next step, so that the second
+pass begins soon (`pace`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.transformer import Transformer
 
-# The prompt tokens in a pass while other sequences generate. On a GPU such a pass takes about as
-# long as a decode step. On a CPU it may take a few times as long; `Pace` begins with this number
-# and adapts it.
+# The most prompt tokens in a pass while other sequences generate. On a GPU a pass over so many
+# tokens takes about as long as a decode step. On a CPU it may take a few times as long, so there
+# `Pace` adapts the number.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
 # The interval at which a thread that waits for the end of a step checks whether its work is done.
@@ -49,29 +49,30 @@ _POLL_SECONDS = 0.05
 class Load:
     """What an engine is doing, and how much memory that takes."""
 
-    running: int  # sequences whose prompt is read or that generate
-    waiting: int  # sequences that wait for room
-    preemptions: int  # number of times that a sequence was put back
+    running: int  # the number of sequences whose prompts are being read, or that generate
+    waiting: int  # the number of sequences that wait for room
+    preemptions: int  # how many times so far a running sequence lost its room and had to wait again
     cache_share: float  # the share of the cache's slots that running sequences own, 0 to 1
 
 
 class Engine:
     """Completes requests, as many at a time as there is room for.
 
-    Any thread may call `add`, `abort` and `outputs`; one thread at a time makes steps.
+    Any thread may call any method. Only one thread at a time makes a step; others wait.
 
     Args:
         model: the weights.
         vocab_size: the number of ids that may be sampled.
-        max_batch: the number of sequences that may generate at a time.
+        max_batch: the most sequences that may generate at a time.
         prefill_chunk: the most prompt tokens in a pass. A number below 32 counts as 32.
         cache_tokens: the number of tokens that the cache has room for. None: `memory.default_slots`
             chooses it by the free memory.
         holes: ids below vocab_size that no token has, and that are never sampled.
-        drafts: the most tokens to guess at a time (see `drafts`), for requests that set no number.
-            None: 7 on the CPU or with a draft model, else 0.
+        drafts: the most tokens to guess at a time (see the module `drafts`), for requests that set
+            no number. None: 7 on the CPU or with a draft model, else 0.
         draft_model: a model that guesses tokens where the text does not repeat itself. It must be
-            on the same device, and have a row for each id that may be sampled.
+            on the same device, and have a row for each id that may be sampled. None: there is no
+            draft model.
 
     Attributes:
         pool: cache memory.
@@ -118,11 +119,11 @@ class Engine:
         if drafts is None:
             drafts = default_drafts(model.device, draft_model is not None)
         self._ids = itertools.count()
-        # Guards the four attributes below, the scheduler and the pool. It is reentrant because
-        # garbage may be collected while it is held: an abandoned iterator over outputs then aborts
-        # its requests.
+        # The lock guards the four attributes below, the scheduler and the pool. It is reentrant,
+        # because garbage may be collected while a thread holds it. Then an abandoned `Outputs`
+        # aborts its requests, which takes the lock again.
         self._lock = threading.RLock()
-        self._sequences: dict[int, Sequence] = {}  # neither ended nor aborted
+        self._sequences: dict[int, Sequence] = {}  # by id, if neither ended nor aborted
         self._aborted: list[Sequence] = []
         self._listeners: dict[int, Callable[[Output], object]] = {}
         self._between: deque[Callable[[], object]] = deque()
@@ -141,7 +142,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would have work."""
+        """Whether there are requests that have not ended, or aborted requests to clean up after."""
         with self._lock:
             return bool(self._sequences or self._aborted)
 
@@ -162,8 +163,9 @@ class Engine:
 
         Args:
             request: what to do.
-            listener: is called with each of the request's outputs, by the thread that makes the
-                step. It must be quick, and may call `abort`.
+            listener: a function to call with each of the request's outputs. The thread that makes
+                the step calls it, so it must be quick. It may call `abort`. None: there is no
+                listener.
 
         Returns:
             The id of the request.
@@ -199,8 +201,7 @@ class Engine:
         unless another thread does.
 
         Raises:
-            ValueError: `add` refuses one of the requests. Then none of the requests stays in the
-                engine.
+            ValueError: `add` refuses one of the requests. Then the other requests are aborted.
         """
         outputs = Outputs(self)
         try:
@@ -215,16 +216,16 @@ class Engine:
         """Starts the requests for which there is room, and makes up to two passes.
 
         Returns:
-            The new outputs of all requests. The outputs of each request are in order. If a step is
-            interrupted (Ctrl-C), only listeners have received its outputs.
+            The new outputs of all requests. The outputs of each request are in order. If Ctrl-C
+            interrupts the step, nothing is returned, but listeners receive the outputs so far.
         """
         self._stepping.acquire()
         return self._step_and_let_go()
 
     def between_steps(self, work: Callable[[], object]) -> None:
         """Calls `work` while no thread makes a step or adds a request. Returns after `work`, and
-        raises what it raises. A pass over prompts may be paused meanwhile, and a GPU may still
-        compute a step that was launched ahead."""
+        raises what `work` raises. While `work` runs, a pass over prompts may be paused, and a GPU
+        may still compute a step that was launched ahead."""
         done = threading.Event()
         problem: list[BaseException] = []
 
@@ -237,8 +238,8 @@ class Engine:
 
         with self._lock:
             self._between.append(run)
-        # A thread that makes steps without a pause hardly ever leaves the lock to other threads. So
-        # that thread does the work itself between two steps.
+        # A thread that makes one step after the other hardly ever leaves `_stepping` to this
+        # thread. So whichever thread makes steps also does the work, between two steps.
         while not done.is_set():
             if self._stepping.acquire(timeout=_POLL_SECONDS):
                 self._let_go()
@@ -264,8 +265,8 @@ class Engine:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Does the work between steps, and then releases `_stepping`, which the calling thread
-        holds."""
+        """Does the work that waits for the end of a step, and then releases `_stepping`, which the
+        calling thread holds."""
         with self._stepped:
             try:
                 self._work_between()
@@ -282,7 +283,7 @@ class Engine:
         try:
             self.passes.read(outputs)
             self.passes.decode(outputs)
-        finally:  # after Ctrl-C too: the sequences already have these tokens
+        finally:  # also after Ctrl-C, because the sequences have already advanced by these tokens
             self._deliver(outputs)
             with self._lock:
                 self.passes.drafter.keep_only(list(self.scheduler.running()))
@@ -293,7 +294,8 @@ class Engine:
         if all(sequence.is_aborted for sequence in reading):
             self._reader.forget()
             reading = []
-        # Sequences of a paused pass stay until its end, because it still writes to their extents.
+        # Sequences of a paused pass stay until its end, because the pass still writes to their
+        # extents.
         staying = [sequence for sequence in self._aborted if sequence in reading]
         for sequence in self._aborted:
             if sequence not in staying:
@@ -316,15 +318,15 @@ class Engine:
                     listener(output)
 
     def _free_adapter(self, sequence: Sequence) -> None:
-        """Called when a sequence has ended. If the sequence used an adapter, the memory of removed
-        adapters that no request needs is freed after the step."""
+        """Call this when a sequence has ended. If it used an adapter, the memory of removed
+        adapters that no request needs any more is freed after the step."""
         adapter = sequence.request.adapter
         if adapter is not None:
             self._between.append(lambda: adapter.free(self.adapters_in_use()))
 
 
 class Outputs(Iterator[Output]):
-    """Iterator over the outputs of some requests: see `Engine.outputs`.
+    """An iterator over the outputs of some requests (see `Engine.outputs`).
 
     Attributes:
         request_ids: the ids of the requests, in the order in which they were given.
@@ -333,10 +335,11 @@ class Outputs(Iterator[Output]):
     def __init__(self, engine: Engine) -> None:
         self.request_ids: list[int] = []
         self._engine = engine
-        self._open: dict[int, deque[Output]] = {}  # unread outputs of open requests
+        self._open: dict[int, deque[Output]] = {}  # request id -> outputs that were not given yet
 
     def add(self, request: Request) -> None:
-        """Adds a request, whose outputs this iterator then also gives."""
+        """Adds a request. From then on the iterator also gives its outputs. Raises the errors of
+        `Engine.add`."""
         come: deque[Output] = deque()
         with self._engine._lock:
             request_id = self._engine.add(request, come.append)
@@ -354,13 +357,13 @@ class Outputs(Iterator[Output]):
                             del self._open[request_id]
                         return output
                 if not engine._stepping.acquire(blocking=False):
-                    engine._stepped.wait()  # another thread steps for us
+                    engine._stepped.wait()  # another thread makes a step
                     continue
             engine._step_and_let_go()
         raise StopIteration
 
     def close(self) -> None:
-        """Ends the requests that have not ended."""
+        """Aborts the requests that have not ended."""
         with self._engine._lock:
             while self._open:
                 self._engine.abort(self._open.popitem()[0])

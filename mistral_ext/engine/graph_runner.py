@@ -1,13 +1,14 @@
-"""The runner for a CUDA device: decode steps as CUDA graphs.
+"""Runs decode steps as CUDA graphs on a CUDA device.
 
 A GPU may finish a step faster than Python can launch its kernels. So a step is captured as a CUDA
-graph and replayed. All values that differ between steps are in device memory. If a step continues
-from the last step, with the same sequences, the graph of the last step has already updated these
-values: tokens and positions, and the state of `Sampler`. Then the host launches a step before it
-knows the tokens of the last step, and the GPU need not wait for the host. For any other step the
-host copies the values to the device.
+graph and replayed. All values that differ between steps are in device memory: tokens, positions,
+and the state of `Sampler`. If a step has the same sequences as the last step, the graph of the last
+step has already updated these values. Then the host launches the step before it knows the tokens of
+the last step, and the GPU need not wait for the host. For any other step the host copies the values
+to the device.
 
-With drafts or a grammar the host has to know the tokens before the next step, and waits for them.
+With drafts or a grammar, the host has to know the tokens of a step before it launches the next
+step, so it waits for them.
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ class _Choice(Enum):
 class GraphRunner(Runner):
     """Queues decode steps on a CUDA device. `launch` does not wait for their results.
 
-    There is a graph for each number of tokens and each way to choose, with and without biases and
-    adapters. The second step of a kind captures its graph. The graph is kept as long as the runner,
-    or with adapters as long as their stacks. With fewer sizes, batches would have to be padded,
-    which would slow their steps. A capture takes about as long as one step that Python launches.
+    There is a graph for each number of tokens and each way to choose them, with and without biases,
+    and with and without adapters. These make up the *kind* of a step. The second step of a kind
+    captures its graph. A graph is kept as long as the runner. A graph with adapters is dropped when
+    their stacks are allocated anew. If there were graphs only for some numbers of tokens, batches
+    would have to be padded, which would slow their steps. A capture takes about as long as one step
+    that Python launches.
 
-    To a graph, a draft is its own sequence, which shares the ring of the sequence that it belongs
-    to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its results
-    are read before `verify` returns, because they decide how far each sequence advances.
+    A graph treats a draft as a sequence of its own, which shares the ring of the sequence that it
+    belongs to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its
+    results are read before `verify` returns, because they decide how far each sequence advances.
 
     Args:
         model, pool, sampler: the arguments of `Runner`, on the device.
-        device: an object that captures work as graphs, and copies results to the host.
+        device: an object that captures work as graphs, and copies results to the host. None: a
+            `CudaGraphs`.
     """
 
     ahead = 1
@@ -93,11 +97,11 @@ class GraphRunner(Runner):
         return Verified(results.logits, results.token_ids() if greedy else None, is_usual)
 
     def _captured_step(self, size: int, choice: _Choice, adapters: Sequence[int]) -> _CapturedStep:
-        """The step of this size and kind. Once its graph is captured, the step keeps it."""
+        """Returns the step of a kind, which keeps its graph from step to step."""
         if self._generation != self._model.adapters.generation:
             self._generation = self._model.adapters.generation
             for old in [kind for kind in self._captured if kind[-1]]:
-                del self._captured[old]  # its graph reads stacks that were freed
+                del self._captured[old]  # its graph reads stacks of adapters that were freed
         adapted = max(adapters, default=-1) >= 0
         kind = size, choice, choice is _Choice.DRAWN and self._sampler.biased, adapted
         if kind not in self._captured:
@@ -108,8 +112,8 @@ class GraphRunner(Runner):
 
 
 class _Results:
-    """Copies of the results of one step. The next step overwrites the memory of the graph, so
-    results must be copied."""
+    """Copies of the results of one step. They are needed because the next step overwrites the
+    memory of the graph."""
 
     def __init__(self, size: int, vocab_size: int, device: CudaGraphs) -> None:
         self.logits = torch.empty(size, vocab_size, dtype=torch.float32, device=device.name)
@@ -127,7 +131,7 @@ class _Results:
 class _CapturedStep:
     """A step for a fixed number of tokens, and its state on the device."""
 
-    @torch.inference_mode(False)  # the state outlives the call
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be changed outside of it
     def __init__(
         self,
         size: int,
@@ -175,7 +179,7 @@ class _CapturedStep:
 
     def follow(self, last: _CapturedStep) -> None:
         """Takes over the rows, tokens, sequences and adapters of the last step. The last step may
-        be of another kind, because steps read biases only once a completion has had a bias."""
+        be of another kind, because steps begin to add biases when the first completion has one."""
         if last is not self:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)
@@ -197,8 +201,8 @@ class _CapturedStep:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The work to capture. It launches the same kernels on the same memory each time, whatever
-        the values there are, and does not wait for them."""
+        """Does the work to capture. Each time it launches the same kernels on the same memory,
+        whatever values this memory has, and does not wait for results."""
         model, sampler = self._model, self._sampler
         adapters = self._adapters if self._adapted else None
         h = model.step(self._tokens, self._sequences, self._pool, max_count=1, adapters=adapters)
@@ -207,8 +211,8 @@ class _CapturedStep:
             return
         greedy = self._choice is _Choice.LARGEST
         self._logits, self._sampled = choose(model, sampler, h, self._rows, greedy)
-        # The id -1 means that no token could be chosen. The host reports this later. By then the
-        # next step may be under way, and it needs an id that exists.
+        # The id -1 means that no token could be chosen. The host reports this later. By that time
+        # the next step may have read the id, so it is replaced by an id that exists.
         torch.clamp(self._sampled, min=0, out=self._tokens)
         self._sequences[:, 2].add_(1)
 
@@ -222,15 +226,17 @@ class CudaGraphs:
 
     def __init__(self, name: torch.device) -> None:
         self.name = name
-        # All graphs run on one stream, so never at the same time, and may share memory.
+        # No two graphs run at the same time, because all run on one stream. So they may share
+        # memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(name)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Captures the work without doing it. Returns a function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph would also collect garbage and give back all unused memory, so it is not
-        # used here. Other threads of the process may allocate memory during the capture.
+        # `torch.cuda.graph` is not used here, because it would also collect garbage and give back
+        # all unused memory. In the mode "thread_local", other threads of the process may allocate
+        # memory during the capture.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -244,7 +250,7 @@ class CudaGraphs:
 
 
 class _HostCopy:
-    """A copy of int64 values to the host. It is queued behind the device's earlier work."""
+    """Copies int64 values to the host. The copy is queued behind the device's earlier work."""
 
     def __init__(self, size: int) -> None:
         self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -260,6 +266,6 @@ class _HostCopy:
 
 
 def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:
-    """The runner for the model's device."""
+    """Makes the runner for the model's device."""
     graphs = model.device.type == "cuda" and captures_steps()
     return (GraphRunner if graphs else Runner)(model, pool, sampler)

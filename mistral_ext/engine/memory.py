@@ -9,8 +9,8 @@ import torch
 from mistral_ext.engine.slots import slots_needed
 from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 
-# The share of the memory left beside the weights that the cache may take. A GPU runs few other
-# programs, but a pass over a long prompt needs memory too. A computer runs other programs.
+# The cache may take this share of the memory that the weights leave free. On a GPU the rest is for
+# passes over long prompts. On the CPU it is also for other programs.
 _SHARE_OF_GPU = 0.8
 _SHARE_OF_CPU = 0.5
 
@@ -29,10 +29,13 @@ def default_slots(
     If there is enough memory, the cache has room for the most that `max_batch` sequences can need.
 
     Args:
-        weight_bytes: the size of the weights. On the CPU they may be mapped files, whose memory the
-            system counts as available although it is in use.
-        loaded: whether the weights are already on the device. A GPU then counts their memory as
-            used.
+        config: the configuration of the model.
+        dtype, device: the dtype and device of the cache.
+        max_batch: the most sequences at a time.
+        weight_bytes: the size of the weights in bytes. On the CPU the weights may be mapped files,
+            whose memory the system counts as available although it is in use.
+        loaded: whether the weights are already on the device. If so, the free memory that a GPU
+            reports does not include theirs.
         token_bytes: the bytes of the cache for each token, for instance with the cache of a draft
             model. None: the bytes for this model alone.
     """
@@ -42,8 +45,8 @@ def default_slots(
         available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    # The cache has LEAST_CACHE_TOKENS even if memory is short: on the CPU its pages take memory
-    # only once tokens are stored in them.
+    # The cache has room for LEAST_CACHE_TOKENS even if memory is short. On the CPU its pages take
+    # memory only once tokens are stored in them.
     room = int(available / (token_bytes or config.cache_bytes(dtype)))
     return min(wanted, max(LEAST_CACHE_TOKENS, room))
 
@@ -65,12 +68,12 @@ def _meminfo(name: str) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 2**33  # not Linux: a guess
+    return 2**33  # bytes: a guess where there is no such file, as on systems other than Linux
 
 
 def _cgroup(name: str) -> int | None:
-    """The value of a setting of this process' control group (version 2), or None if there is no
-    such value."""
+    """The number in a file of this process' control group (cgroup version 2). None: there is no
+    such file, or it holds no number, for instance because there is no limit."""
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
         text = Path("/sys/fs/cgroup", group.lstrip("/"), name).read_text().strip()

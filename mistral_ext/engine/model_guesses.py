@@ -59,18 +59,20 @@ class ModelGuesses:
     ) -> dict[Sequence, list[tuple[int, float]]]:
         """Guesses tokens of sequences that `prepare` has returned. Each guess comes with the chance
         that it is right if all guesses before it are right. A sequence that has to match a grammar
-        gets one guess (see `DraftModel.guess`).
+        gets at most one guess (see `DraftModel.guess`).
 
         Args:
             plain: the number of rows of the pass without guesses.
             asking: for each sequence the most guesses that it may have.
 
         Raises:
-            ValueError: the model chooses no token.
+            ValueError: no token can be chosen (see `DraftModel.guess`).
         """
         sequences = list(asking)
         guesses: dict[Sequence, list[tuple[int, float]]] = {s: [] for s in sequences}
-        plan, going = _Plan(plain, plain), dict.fromkeys(sequences, 1.0)  # chances so far
+        # `going` has the sequences that may get another guess, each with the chance that all its
+        # guesses so far are right.
+        plan, going = _Plan(plain, plain), dict.fromkeys(sequences, 1.0)
         passes = self._model.guess(sequences)
         while self._is_worth(plan, going):
             began = time.perf_counter()
@@ -93,12 +95,13 @@ class ModelGuesses:
         return guesses
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Forgets all other sequences. Their tokens in the cache may then serve other requests."""
+        """Forgets all sequences but these. The tokens of the others in the draft model's cache may
+        then serve later requests."""
         self._model.keep_only(sequences)
 
     def _is_worth(self, plan: _Plan, going: Mapping[Sequence, float]) -> bool:
-        """Whether one more guess for each sequence of `going` is worth its time. `going` has the
-        chance that all guesses of a sequence so far are right."""
+        """Whether one more guess for each sequence of `going` is worth its time. The values of
+        `going` are the chances that all guesses of a sequence so far are right."""
         if not going or plan.rows + len(going) > MOST_ROWS:
             return False
         more = sum(chance * sequence.proposer.hope for sequence, chance in going.items())
@@ -107,8 +110,8 @@ class ModelGuesses:
         return (plan.expected + more) * now > LEAST_ADVANTAGE * plan.expected * then
 
     def _take_cost(self, plan: _Plan, plain: int, sequences: Collection[Sequence]) -> None:
-        """Charges the sequences for the time of the guesses, counted in tokens that could have been
-        generated in that time."""
+        """Subtracts the time of the guesses from the gains of the sequences. The time is counted in
+        tokens that could have been generated in it."""
         for sequence in sequences:
             cost = plain * plan.seconds / self._pass_seconds(plain)
             sequence.proposer.gain -= cost / len(sequences)

@@ -14,12 +14,12 @@ _UNDER_WAY = 64
 
 
 def outputs_of(engine: Engine, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-    """Yields the outputs of many requests, each with the number of its request, from 0 on. The
-    engine has a few of the requests at a time.
+    """Yields the outputs of many requests, each with the number of its request, from 0 on. Requests
+    are given to the engine a few at a time, as earlier ones end.
 
     Raises:
-        ValueError: `Engine.add` refuses a request. The other requests end.
-        Exception: the error of a failed request. The other requests end.
+        ValueError: `Engine.add` refuses a request. The other requests are aborted.
+        Exception: the error of a failed request. The other requests are aborted.
     """
     waiting = enumerate(requests)
     outputs = engine.outputs([])

@@ -1,30 +1,31 @@
 """Decides how much of a prompt is read between two decode steps of other sequences.
 
-A pass over a long prompt takes many times as long as a decode step, and streams would stand still
-meanwhile. So the pass is divided into parts of some layers each, with a decode step after each
-part. The parts change no bit of the result, because each layer still sees all tokens of the pass. A
-pass with more tokens costs less for each token, because it unpacks the weights once for all of
-them. So passes grow as long as `_LAYERS_TO_SPARE` layers fit into the time of a part.
+A pass over a long prompt takes many times as long as a decode step. Without pauses, the texts of
+other sequences would stand still meanwhile. So the pass is divided into parts of some layers each,
+with a decode step after each part. The parts change no bit of the result, because each layer still
+sees all tokens of the pass.
 
-If more sequences wait for their prompts than generate, prompts get more of the time. Otherwise a
-single stream would take half of the time, and hold back all others.
+A pass with more tokens costs less for each token, because it unpacks the weights once for all of
+them. So passes get more tokens as long as `_LAYERS_TO_SPARE` layers fit into the time of a part.
+
+If more sequences wait for their prompts than generate, prompts get more than half of the time.
+Otherwise one sequence that generates would hold back all that wait.
 """
 
 from __future__ import annotations
 
-# While no more sequences wait for their prompts than generate, a part of a pass takes at most as
-# long as a decode step. So the gap between two tokens of a stream grows to twice its usual length.
-# Times vary, but it is rarely three times as long. If more sequences wait, a part may take up to
-# this many times as long as a step. A part has one layer at least, though, also if fewer sequences
-# wait than when its pass began.
+# If no more sequences wait for their prompts than generate, a part of a pass takes about as long as
+# a decode step. So the time between two tokens of a sequence about doubles, and is rarely three
+# times as long. If more sequences wait, a part may take up to this many times as long as a step. A
+# part has at least one layer, even if that takes longer.
 _MOST_STEPS = 4.0
 
-# Passes get more tokens only as long as this many layers fit into a part. Then a layer still fits
-# into a part if the tokens are twice as many and each costs more, for instance because the prompt
-# has grown long.
+# A pass gets twice as many tokens as the last one only if this many layers of the last one fit into
+# a part. Then at least one layer of the larger pass fits into a part, even if each token costs
+# more, for instance because the prompt has become long.
 _LAYERS_TO_SPARE = 4
 
-_NEWEST = 0.2  # the weight of the last measurement
+_NEWEST = 0.2  # the weight of the last measurement in the average of all
 
 
 class Pace:
@@ -44,7 +45,7 @@ class Pace:
         self._layers = layers
         self._least, self._most = least, most
         self._steps = 1.0  # decode steps that the next part of a pass may take
-        self._planned = 1.0  # the same, when the current pass began
+        self._planned = 1.0  # the value of _steps when the current pass began
         self._is_full = False  # whether the current pass has as many tokens as it may have
         self._step: float | None = None  # seconds of a decode step
         self._of_layer: float | None = None  # seconds of a layer of the current pass
@@ -54,12 +55,17 @@ class Pace:
         """Notes how many seconds a decode step took."""
         if self._step is None:
             self._step = seconds
-        # A machine that is busy for a moment makes a measurement too long, so it is limited.
+        # A measurement is too long if the machine was busy with something else for a moment. So it
+        # counts as at most twice the average.
         self._step += _NEWEST * (min(seconds, 2 * self._step) - self._step)
 
     def divide(self, waiting: int, generating: int) -> None:
-        """Divides the time between `waiting` sequences, which generate as soon as their prompts are
-        read, and `generating` sequences, at least one. Call this before each part of a pass."""
+        """Divides the time between prompts and decode steps. Call this before each part of a pass.
+
+        Args:
+            waiting: the number of sequences that generate as soon as their prompts are read.
+            generating: the number of sequences that generate now, at least 1.
+        """
         self._steps = min(max(waiting / generating, 1.0), _MOST_STEPS)
 
     @property
@@ -77,11 +83,11 @@ class Pace:
         self._planned = self._steps
 
     def note_read(self, layers: int, seconds: float) -> None:
-        """Notes how many seconds some layers of a pass took."""
+        """Notes how many seconds this many layers of the pass took together."""
         self._of_layer = seconds / layers
 
     def end(self) -> None:
-        """Ends the pass."""
+        """Ends the pass, and adapts `tokens` to the time that its layers took."""
         fitting = self._fitting(self._planned)
         if fitting < 1:
             self.tokens = max(self._least, self.tokens // 2)

@@ -13,41 +13,46 @@ from typing import Any
 
 from mistral_ext.text.constraint import Constraint, schema_text
 
-MOST_DRAFTS = 7  # of a completion in a pass; with the next token 8 rows, as many as gemv takes
+# The most drafts (guessed tokens) that a pass checks for one completion. With the next token they
+# make 8 rows, the most that the kernels for few tokens (gemv) take.
+MOST_DRAFTS = 7
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. Names and meanings are those of the OpenAI API and
-    vLLM.
+    """How to choose tokens and when to stop. Options that OpenAI's API or vLLM have too are named
+    as there, and mean the same.
 
     Raises:
         TypeError, ValueError: an option is wrong. The message names the option, its value and what
         was expected.
     """
 
-    max_tokens: int = 128  # >= 1, the most tokens to generate
+    max_tokens: int = 128  # >= 1: the most tokens to generate
     temperature: float = 0.0  # >= 0; 0: greedy, the most likely token
     top_p: float = 1.0  # (0, 1]: keep the most likely tokens up to this sum of probabilities
     top_k: int = 0  # >= 0: keep the k most likely tokens; 0: all
     min_p: float = 0.0  # [0, 1]: keep tokens with at least this share of the highest probability
     repetition_penalty: float = 1.0  # > 0: divides positive logits of tokens in prompt and
     # completion, and multiplies negative ones
-    presence_penalty: float = 0.0  # [-2, 2]: subtracted once for each token that the completion has
-    frequency_penalty: float = 0.0  # [-2, 2]: subtracted each time that the completion has a token
+    presence_penalty: float = 0.0  # [-2, 2]: subtracted from the logits of tokens that the
+    # completion has
+    frequency_penalty: float = 0.0  # [-2, 2]: multiplied by the number of times that the completion
+    # has a token, and subtracted from the token's logit
     seed: int | None = None  # [0, 2^64); None: a random seed
-    stop: str | Sequence[str] | None = None  # strings that end the completion, not part of it
-    logit_bias: Mapping[int, float] | None = None  # added to the logits of these token ids
-    logprobs: int | None = None  # report the log-probability of each token, and of this many others
-    n: int = 1  # completions of each prompt, >= 1
+    stop: str | Sequence[str] | None = None  # strings that end the completion, without being in it
+    logit_bias: Mapping[int, float] | None = None  # token id -> number to add to its logit
+    logprobs: int | None = None  # >= 0: report the log-probabilities of each generated token and
+    # of this many of the most likely tokens; None: report none
+    n: int = 1  # >= 1: the number of completions of each prompt
     ignore_eos: bool = False  # do not end at the end-of-text token
-    schema: object = None  # JSON schema of the completion: a dict, JSON text or a pydantic model
-    regex: str | None = None  # for the whole completion, in the syntax of Rust's regex
-    grammar: str | None = None  # of the completion, in Lark; at most one of these three
-    drafts: int | None = (
-        None  # [0, 7]: the most tokens to guess at a time, which on the CPU changes
-    )
-    # only the speed (see `engine.drafts`); None: as the model was loaded
+    # The whole completion has to match a constraint. At most one of these three may be given.
+    schema: object = None  # a JSON schema: a dict, JSON text or a pydantic model
+    regex: str | None = None  # a regular expression, in the syntax of Rust's regex
+    grammar: str | None = None  # a grammar, in the syntax of Lark
+    # [0, 7]: the most tokens to guess at a time. On the CPU this changes only the speed (see
+    # `engine.drafts`). None: the number with which the model was loaded.
+    drafts: int | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
@@ -96,8 +101,8 @@ class SamplingParams:
 
     @property
     def plainly_greedy(self) -> bool:
-        """Whether each token is the token with the largest logit of the model, unless a constraint
-        forbids it."""
+        """Whether each token is the one to which the model gives the largest logit, of those that
+        a constraint allows. Penalties and biases would change this."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 
@@ -120,7 +125,7 @@ class SamplingParams:
             raise ValueError(f"{' and '.join(given)} are given, expected one of them")
         for name in given:
             self._check(name, str, "text", lambda x: True)
-        _ = self.constraint  # also checks its size
+        _ = self.constraint  # making the constraint also checks its size
 
     def _check(self, name: str, kind: type, expected: str, valid: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
@@ -156,8 +161,9 @@ def _is_bias(bias: Mapping[Any, Any]) -> bool:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities by the model itself, before bias, penalties and temperature."""
+    """The log-probability of a generated token, and those of the most likely tokens. They are the
+    model's own, before bias, constraint, penalties and temperature."""
 
     token_id: int
     logprob: float
-    top: dict[int, float]  # the most likely tokens, from the most likely on
+    top: dict[int, float]  # token id -> log-probability; the most likely token is first

@@ -1,20 +1,23 @@
-"""The costs of passes over the weights, by their number of rows."""
+"""Measures what passes over the weights cost, by their number of rows."""
 
 from __future__ import annotations
 
-# Up to this many rows, a pass gives each row the same bits as a pass of one row (`ops.linear`).
+# Up to this many rows, a pass on the CPU gives each row the same bits as a pass of one row (see
+# `ops.linear`).
 MOST_ROWS = 8
 
-# More guesses are made only if they raise the expected tokens per second by this factor.
+# More guesses are made only if they raise the expected tokens per second by at least this factor.
 LEAST_ADVANTAGE = 1.02
 
-_COST_OF_A_ROW = 0.15  # relative to a pass, until it is measured
-_NEWEST = 0.2  # the weight of the last measurement
-_MEMORY = 512  # number of engine passes after which a measurement is forgotten if none replaced it
+# The cost of one more row, as a share of the cost of a pass. It is used for numbers of rows that
+# were not measured.
+_COST_OF_A_ROW = 0.15
+_NEWEST = 0.2  # the weight of the last measurement in the average of all
+_MEMORY = 512  # a measurement that is not renewed for this many engine passes is forgotten
 
 
 class PassCosts:
-    """The seconds of decode passes, by their number of rows."""
+    """Remembers how many seconds decode passes took, by their number of rows."""
 
     def __init__(self) -> None:
         self._passes = 0
@@ -24,7 +27,8 @@ class PassCosts:
         """Notes how many seconds a pass took."""
         before = self._seconds.get(rows)
         if before is not None:
-            # A machine that is busy for a moment makes a measurement too long, so it is limited.
+            # A measurement is too long if the machine was busy with something else for a moment. So
+            # it counts as at most twice the average.
             seconds = before[0] + _NEWEST * (min(seconds, 2 * before[0]) - before[0])
         self._seconds[rows] = seconds, self._passes
 
@@ -36,7 +40,7 @@ class PassCosts:
                 del self._seconds[rows]
 
     def seconds(self, rows: int) -> float | None:
-        """The expected seconds of a pass, or None if no measurement is remembered."""
+        """Returns the expected seconds of a pass, or None if no measurement is remembered."""
         if not self._seconds:
             return None
         nearest = min(self._seconds, key=lambda known: abs(known - rows))

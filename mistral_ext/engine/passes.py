@@ -31,10 +31,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A decode step that was launched, but whose tokens have not been read."""
+    """A decode step that was launched, but whose new tokens the host does not know yet."""
 
     key: list[tuple[int, int, int]]  # for each sequence: request id, first slot, capacity
-    waiting: list[tuple[int, Sequence, Extent]]  # row, sequence and place of each new token
+    # For each new token its row of the step, its sequence, and the sequence's extent at the launch.
+    waiting: list[tuple[int, Sequence, Extent]]
     step: Step
 
 
@@ -42,7 +43,7 @@ class Passes:
     """Makes the passes, for one thread at a time.
 
     Args:
-        runner, scheduler, reader, drafter, sampler, pool: the parts of the engine with these names.
+        runner, scheduler, reader, drafter, sampler, pool: the objects that the engine has made.
         lock: the lock that guards the scheduler and the pool.
         most_drafts: the most tokens to guess at a time, for requests that do not set a number.
 
@@ -86,7 +87,7 @@ class Passes:
         for (sequence, count), of_piece in zip(pieces, logits, strict=True):
             with self._lock:
                 self._scheduler.note_read(sequence, count)
-            if sequence.is_aborted:  # aborted while its pass was paused; it gives no more outputs
+            if sequence.is_aborted:  # the abort came while the pass was paused
                 continue
             if sequence.request.reports_prompt and len(of_piece):
                 outputs.append(sequence.report(of_piece))
@@ -94,7 +95,8 @@ class Passes:
                 continue
             if sequence.request.params is None:
                 self._end(sequence, Output(sequence.request_id, finish_reason="stop"), outputs)
-            elif len(sequence.ids) == sequence.prompt_length:  # otherwise it was put back earlier
+            # A sequence that was put back may already know its next token. Others draw one.
+            elif len(sequence.ids) == sequence.prompt_length:
                 self._prepare_draw(sequence)
                 draw = partial(self._sampler.sample, [sequence.sampler_row], of_piece[-1:])
                 sampled = self._run([sequence], draw)
@@ -104,17 +106,19 @@ class Passes:
                     self._accept(sequence, sampled[0], of_piece[-1], outputs)
 
     def decode(self, outputs: list[Output]) -> None:
-        """Launches the next decode step, and reads the oldest step if enough steps are under way.
+        """Launches the next decode step. If then more steps are under way than the runner allows,
+        waits for the tokens of the oldest step.
 
         While steps are under way, the next step continues on the device from the tokens of the last
-        one. It cannot do so if the sequences or their places have changed, if a sequence reads
-        known tokens again, or if the step should have drafts, which must follow known tokens. Then
-        this call only reads the results of all steps under way, and a later call launches the step.
+        step. It cannot do so if the sequences or their extents have changed, if a sequence reads
+        known tokens again, or if the step should have drafts, which must follow known tokens. In
+        these cases this call only reads the tokens of all steps under way, and a later call
+        launches the next step.
         """
         with self._lock:
             sequences = self._scheduler.next_decode()
             self._reader.forget_if_lost()
-        # A step can continue from the tokens of the last step only if this key is the same.
+        # A step can continue from the tokens of the last step only if both have the same key.
         key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
         goes_on = all(sequence.generates for sequence in sequences)
         if self._under_way:
@@ -132,7 +136,9 @@ class Passes:
             if sequence.generates:
                 self._prepare_draw(sequence)
         drafts = {} if self._under_way else self._drafts(sequences)
-        began = time.perf_counter()  # the first guess for a long text takes as long as a pass
+        # The time of the guesses above does not count: the first guess for a long text takes as
+        # long as a pass.
+        began = time.perf_counter()
         accepted = dict.fromkeys(drafts, 0)
         if drafts:
             is_usual = self._verify(sequences, drafts, accepted, outputs)
@@ -144,9 +150,9 @@ class Passes:
         self.drafter.note(len(sequences), seconds, drafts, accepted)
 
     def _drafts(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
-        """The drafts of the next step. While steps are under way, their tokens are unknown, so
-        drafts cannot be checked. If this returns drafts then, the next step should wait for these
-        tokens."""
+        """Chooses the drafts of the next step. While steps are under way, their tokens are unknown,
+        so drafts cannot be checked. If the result is not empty then, the next step should wait
+        until the tokens are known."""
         unknown = len(self._under_way)
         room = [room_for_drafts(s, self._pool, self._most_drafts, unknown) for s in sequences]
         return self.drafter.choose(sequences, room, unknown)
@@ -154,8 +160,8 @@ class Passes:
     def _launch(
         self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]
     ) -> bool:
-        """Launches a step without drafts. Returns `is_usual`: whether this call took the usual time
-        of a step."""
+        """Launches a step without drafts. Returns `is_usual`: whether the time of this call is the
+        usual time of a step."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
@@ -169,7 +175,7 @@ class Passes:
         self._under_way.append(_UnderWay(key, waiting, step))
         # A matcher must know the token before the next step begins.
         is_free = all(sequence.matcher is None for sequence in sequences)
-        waits = False  # the first step that is launched ahead is not waited for
+        waits = False  # stays False if no step is waited for, as for the first one launched ahead
         while len(self._under_way) > (self._runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
             waits = True
@@ -183,8 +189,9 @@ class Passes:
         outputs: list[Output],
     ) -> bool:
         """Makes a step with drafts. The tokens of a sequence are chosen one after the other, each
-        as it would be without drafts, until a chosen token is not the draft. `accepted` gets the
-        number of right drafts of each sequence. Returns `is_usual`, as `_launch` does."""
+        as without drafts, until a chosen token differs from the draft at its position. Adds the
+        number of right drafts of each sequence to `accepted`. Returns `is_usual`, as `_launch`
+        does."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = [[s.next_id, *drafts.get(s, ())] for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
@@ -224,8 +231,8 @@ class Passes:
         return step.is_usual
 
     def _choose(self, step: Verified, waiting: list[tuple[int, Sequence]]) -> list[int]:
-        """Chooses the tokens of some sequences from their rows of a step. `waiting` has a row and a
-        sequence for each. A token is -1 if none can be chosen."""
+        """Chooses a token for each of some sequences. `waiting` has for each sequence the row of
+        the step from which to choose, and the sequence. A token is -1 if none can be chosen."""
         rows = [row for row, _ in waiting]
         if step.largest is not None:
             return [step.largest[row] for row in rows]
@@ -234,7 +241,7 @@ class Passes:
 
     def _finish(self, launched: _UnderWay, outputs: list[Output]) -> None:
         """Reads the tokens of a step, for the sequences that have the same extents as at its
-        launch. The others have ended or were put back."""
+        launch. The step's other sequences have ended or were put back."""
         waiting = [(i, s) for i, s, extent in launched.waiting if s.extent is extent]
         sequences = [sequence for _, sequence in waiting]
         token_ids = self._run(sequences, launched.step.token_ids)
@@ -268,10 +275,10 @@ class Passes:
         outputs.append(output)
 
     def _prepare_draw(self, sequence: Sequence) -> None:
-        """Brings the sampler's row into the state that the next draw needs."""
+        """Brings the sequence's row of the sampler into the state that the next draw needs."""
         if not sequence.is_drawing:
             params = sequence.request.params
-            assert params is not None  # it generates
+            assert params is not None  # a sequence that generates has params
             self._sampler.start(
                 sequence.sampler_row,
                 params,
@@ -285,10 +292,13 @@ class Passes:
             self._sampler.restrict(sequence.sampler_row, sequence.matcher.allowed)
 
     def _run(self, sequences: Collection[Sequence], work: Callable[[], _T]) -> _T | Exception:
-        """Calls `work`. Returns its result, or the exception that it raised, for the requests to
-        report. Exceptions that end the program (above all Ctrl-C) are raised. Before, the running
-        sequences that the pass may have changed are put back, so that later steps do its work
-        again."""
+        """Calls `work` for some sequences. Returns its result, or the exception that it raised,
+        which the requests then report.
+
+        An exception that ends the program (above all Ctrl-C) is raised again. Before that, the
+        running sequences that a pass may have changed are put back, so that later steps do the work
+        again.
+        """
         try:
             return work()
         except Exception as error:

@@ -2,9 +2,10 @@
 
 Prompts with the same beginning have the same keys and values there (to the bit on the CPU), however
 the prompts are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning
-that it shares with an earlier prompt. Generated tokens are computed by other kernels, and differ in
-their last bits. So a request reuses generated tokens only if it asks for that. Requests share keys
-and values only if they have the same salt and adapter.
+that it shares with an earlier prompt. Other kernels compute the keys and values of generated
+tokens, which therefore differ in their last bits. So a request reuses generated tokens only if it
+asks for that (`Request.reuse_completions`). Requests share keys and values only if they have the
+same salt and adapter.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Match:
     """The beginning of a prompt that was found in the cache.
 
     Attributes:
-        extent: the slots that hold it.
-        length: the number of tokens of the prompt that need not be read.
-        exact: the number of these tokens that were read as parts of a prompt.
+        extent: the extent that holds the beginning, perhaps with more tokens after it.
+        length: the number of tokens of the beginning, which need not be read.
+        exact: how many of these tokens are exact (see `Sequence.exact`).
         is_kept: whether the extent belongs to the prefix cache, and not to a running sequence.
         is_all: whether the prompt begins with all tokens of the extent that the new request may
             reuse.
@@ -44,13 +45,13 @@ class Match:
 @dataclass(frozen=True, eq=False)
 class _Entry:
     extent: Extent
-    ids: list[int]  # the stored tokens
-    exact: int  # number of tokens that were read as parts of a prompt
+    ids: list[int]  # the tokens whose keys and values are stored, perhaps with tokens after them
+    exact: int  # as `Sequence.exact`
     owner: object  # `Request.prefix_owner`
 
 
 class PrefixCache:
-    """Extents of ended requests, the least recently used first.
+    """Keeps the extents of ended requests, in the order of their last use.
 
     Args:
         pool: the cache memory that holds the extents.
@@ -64,7 +65,8 @@ class PrefixCache:
         return len(self._entries)
 
     def keep(self, sequence: Sequence) -> None:
-        """Takes over the extent of a sequence that has ended, or releases it if it has no use."""
+        """Takes over the extent of a sequence that has ended. Releases the extent if no later
+        request could reuse it."""
         extent, request = sequence.place, sequence.request
         is_of_use = shareable_length(sequence) >= LEAST_PIECE or not request.reports_prompt
         if is_of_use:
@@ -73,9 +75,9 @@ class PrefixCache:
             self._pool.release(extent)
 
     def add(self, extent: Extent, sequence: Sequence, exact: int) -> None:
-        """Takes over an extent that holds the beginning of a sequence, or releases it if it is too
-        short. The first `exact` tokens were read as parts of a prompt, so their keys and values are
-        exact."""
+        """Takes over an extent that holds the beginning of a sequence, or releases the extent if it
+        is too short. The keys and values of its first `exact` tokens are exact (see
+        `Sequence.exact`)."""
         if extent.length < LEAST_PIECE:
             self._pool.release(extent)
             return
@@ -83,12 +85,13 @@ class PrefixCache:
         self._entries.append(_Entry(extent, ids, exact, sequence.request.prefix_owner))
 
     def extent(self, match: Match | None, length: int, most: int) -> Extent | None:
-        """Makes an extent for a sequence, with the beginning that `find` has found. Returns None if
-        there is no room, even without the extents of ended requests.
+        """Makes an extent for a sequence, with the beginning that `find` has found. Releases kept
+        extents until there is room. Returns None if there is no room even then.
 
         Args:
-            length: the number of tokens for which it must have slots at once.
-            most: the number of slots to which it may grow.
+            match: the result of `find`. None: the extent is empty.
+            length: the number of tokens for which the extent must have slots from the start.
+            most: the number of slots to which the extent may grow.
         """
         if match is None:
             return self._allocate(length, most)
@@ -108,24 +111,24 @@ class PrefixCache:
         return None
 
     def grow(self, extent: Extent, count: int) -> bool:
-        """Makes an extent grow for `count` more tokens. Releases extents of ended requests until
-        there is room. Returns False if there is no room even then."""
+        """Gives an extent room for `count` more tokens. Releases kept extents until there is room.
+        Returns False if there is no room even then."""
         while not self._pool.has_room(extent, count) and not self._pool.grow(extent, count):
             if not self.drop_oldest():
                 return False
         return True
 
     def _allocate(self, length: int, most: int, spare: Extent | None = None) -> Extent | None:
-        """Allocates an extent. Releases extents of ended requests except `spare` until there is
-        room. Returns None if there is no room even then."""
+        """Allocates an extent. Releases kept extents except `spare` until there is room. Returns
+        None if there is no room even then."""
         while (extent := self._pool.allocate(length, most)) is None:
             if not self.drop_oldest(spare):
                 return None
         return extent
 
     def drop_oldest(self, spare: Extent | None = None) -> bool:
-        """Releases the least recently used extent except `spare`. Returns False if there is no such
-        extent."""
+        """Releases the least recently used kept extent, or the next one if that is `spare`. Returns
+        False if there is no such extent."""
         for entry in self._entries:
             if entry.extent is not spare:
                 self._entries.remove(entry)
@@ -134,8 +137,9 @@ class PrefixCache:
         return False
 
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Match | None:
-        """Finds the longest beginning of a sequence's prompt in the kept and running extents.
-        Returns None if there are fewer than `LEAST_PIECE` tokens of it."""
+        """Finds the longest beginning of a sequence's prompt in the kept extents and in those of
+        `running` sequences. A kept extent that is found counts as used. Returns None if no
+        beginning of at least `LEAST_PIECE` tokens is found."""
         request = sequence.request
         most = shareable_length(sequence)
         if most < LEAST_PIECE:
@@ -152,7 +156,7 @@ class PrefixCache:
             common = common_length(entry.ids, sequence.ids, min(reusable, sequence.prompt_length))
             length = min(common, most)
             if length < LEAST_PIECE or (best and length <= best.length):
-                continue  # reading a few tokens again is as fast as copying them
+                continue  # fewer than LEAST_PIECE tokens are read as fast as they are copied
             if self._pool.can_rewind(entry.extent, length):
                 best = Match(
                     entry.extent,
@@ -169,7 +173,7 @@ class PrefixCache:
 
 
 def shareable_length(sequence: Sequence) -> int:
-    """The number of first tokens of a prompt that need not be read if the cache has them."""
+    """The most tokens at the beginning of a prompt that need not be read if the cache has them."""
     request = sequence.request
     if request.chunk is not None:
         return 0
@@ -178,12 +182,13 @@ def shareable_length(sequence: Sequence) -> int:
 
 
 def common_length(a: list[int], b: list[int], most: int) -> int:
-    """The number of first tokens, at most `most`, that two lists have in common."""
+    """The number of tokens that two lists have in common at their beginning, at most `most`."""
     most = min(most, len(a), len(b))
     if a[:most] == b[:most]:
         return most
     same, different = 0, most
-    while different - same > 1:  # a[:same] == b[:same], a[:different] != b[:different]
+    # Bisection. In each round a[:same] == b[:same], and a[:different] != b[:different].
+    while different - same > 1:
         middle = (same + different) // 2
         if a[same:middle] == b[same:middle]:
             same = middle

@@ -1,4 +1,5 @@
-"""Makes passes over prompts. On a CPU they pause while other sequences generate (see `pace`)."""
+"""Makes passes over prompts. On a CPU, a pass pauses between layers while other sequences generate
+(see `pace`)."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class PromptReader:
     """Reads the pieces of prompts that the scheduler chooses.
 
     Args:
-        runner, scheduler, pool: the parts of the engine with these names.
+        runner, scheduler, pool: the objects that the engine has made.
         layers: the number of layers of the model.
         most: the most tokens of a pass.
     """
@@ -45,8 +46,8 @@ class PromptReader:
         return [sequence for sequence, _ in self._paused.pieces] if self._paused else []
 
     def next_pieces(self) -> list[tuple[Sequence, int]]:
-        """The pieces of prompts for the next call of `go_on`: sequences, and the number of tokens
-        of each to read."""
+        """Returns the pieces of prompts for the next call of `go_on`: sequences, each with the
+        number of its tokens to read."""
         if self._paused:
             return self._paused.pieces
         scheduler = self._scheduler
@@ -73,14 +74,15 @@ class PromptReader:
             self.pace.begin(sum(count for _, count in pieces))
         layers, began = min(self.pace.layers(), reading.layers_left), time.perf_counter()
         reading.advance(layers)
-        # Tokens without logits leave the last layer early, so the time of this layer is no measure.
+        # The last layer skips work for tokens without logits, so its time says nothing about other
+        # layers.
         whole = layers - (reading.layers_left == 0)
         if whole > 0:
             self.pace.note_read(whole, time.perf_counter() - began)
         if reading.layers_left:
             if self._paused is None:
-                # In some layers, new tokens have already replaced older tokens. After this note
-                # nobody copies the older tokens any more.
+                # In some layers, new tokens have already taken the slots of older tokens. This note
+                # keeps the prefix cache from copying the older tokens.
                 for sequence, count in pieces:
                     self._pool.note_drafts(sequence.place, count - 1)
             self._paused = paused
@@ -104,9 +106,9 @@ class PromptReader:
         self._paused = None
 
     def forget_if_lost(self) -> None:
-        """Forgets the paused pass if one of its sequences was put back. Puts back its other
-        sequences too: the pass may have replaced keys that their pieces need when they are read
-        again."""
+        """Forgets the paused pass if one of its sequences was put back. Then puts back the pass's
+        other sequences too, because their pieces must be read again, and the pass may have replaced
+        keys that these pieces see."""
         if self._paused is None:
             return
         placed = zip(self.paused, self._paused.extents, strict=True)

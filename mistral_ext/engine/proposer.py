@@ -1,8 +1,8 @@
 """Proposes the next tokens of a sequence, from its earlier text or its grammar.
 
 Text repeats itself: if the last tokens occur earlier in the sequence, the tokens that followed
-there often follow again. A grammar often allows only one text. If it allows several texts, the text
-that was written in such a place before is likely.
+there often follow again. A grammar often allows only one next token. If it allows several, the
+token that followed earlier in the same state of the grammar is likely.
 
 Source: Saxena 2023, prompt lookup decoding.
 """
@@ -19,16 +19,18 @@ from mistral_ext.engine.state_guesses import STATES, StateGuesses
 if TYPE_CHECKING:
     from mistral_ext.text.grammar import Matcher
 
-_MOST_MATCHING = 8  # longer matches count as this long
+# The most tokens of a match that count. A match is a repetition of earlier tokens by the last ones.
+_MOST_MATCHING = 8
 
-# For each kind of draft, the share that is expected to be right before any draft was checked. It
-# counts as much as _EXPECTED_WEIGHT checks.
+# Guesses have kinds. For each kind, this is the share of right guesses that is expected before any
+# guess was checked. The expected share counts as much as _EXPECTED_WEIGHT checks.
 _EXPECTED = (
-    # Earlier text repeats: by the number of tokens that match before it, 0 to _MOST_MATCHING.
+    # The guess repeats earlier text. There is a kind for each length of the match before the guess,
+    # 0 to _MOST_MATCHING.
     *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9),
     # The grammar forces the token.
     0.95,
-    # A draft model guesses: by the quarter in which its probability lies.
+    # A draft model guesses. There is a kind for each quarter in which its probability may lie.
     *(0.3, 0.5, 0.7, 0.9),
     # The kinds of `StateGuesses`.
     *(0.2, 0.4, 0.7, 0.9, 0.2, 0.4, 0.7, 0.9, 0.1, 0.2, 0.4, 0.5),
@@ -37,14 +39,18 @@ _EXPECTED_WEIGHT = 4.0
 _FORCED = _MOST_MATCHING + 1
 _BY_MODEL = _FORCED + 1  # the first of four kinds
 _BY_STATE = _BY_MODEL + 4  # the first kind of `StateGuesses`
-_FORGETTING = 0.95  # the weight of an earlier check is multiplied by this at each later check
+_FORGETTING = 0.95  # each check multiplies the weights of earlier checks of its kind by this
 
-# With a grammar, a guess is made only if the guesses before it are all right with at least this
-# chance.
+# With a grammar, a guess is made only if the chance that all guesses before it are right is at
+# least this.
 _LEAST_CHANCE = 0.1
 
-_COST_OF_A_WAIT = 0.1  # tokens that a GPU could have generated while it waits for the host
-_MOST_GAIN = 4.0  # the most tokens of gain that a sequence may lose again
+# The number of tokens that a GPU could have generated while it waits for the host.
+_COST_OF_A_WAIT = 0.1
+
+# The gain is at most this many tokens. So a sequence that has gained much by drafts cannot lose
+# much more by later drafts.
+_MOST_GAIN = 4.0
 
 
 class Proposer:
@@ -52,12 +58,12 @@ class Proposer:
 
     Args:
         ids: the tokens of the sequence, a list that grows.
-        ends: the tokens that end the sequence. They are never proposed: no token follows them, and
-            the pass that reads the token before them chooses them in any case.
+        ends: the tokens that end the sequence. They are never proposed. A proposed token saves the
+            pass that would read it, and an end token is not read.
 
     Attributes:
-        gain: the number of tokens that drafts have gained so far, at most `_MOST_GAIN`. Negative if
-            drafts have cost more than they gained.
+        gain: the number of tokens that drafts have gained so far, at most `_MOST_GAIN`. It is
+            negative if drafts have cost more than they gained.
     """
 
     def __init__(self, ids: List[int], ends: Collection[int] = ()) -> None:
@@ -77,7 +83,7 @@ class Proposer:
 
         Args:
             most: the most tokens to propose.
-            matcher: knows what the sequence has to match. None: it need not match anything.
+            matcher: knows which tokens the grammar allows next. None: there is no grammar.
         """
         self._check()
         guesses = self._matching(most, matcher) if matcher else self._repeated(most)
@@ -87,8 +93,8 @@ class Proposer:
 
     @property
     def hope(self) -> float:
-        """The chance that the next guess of a draft model is right, estimated before the model
-        guesses."""
+        """The chance that the next guess of a draft model is right, before it is known which token
+        the model guesses."""
         of_model = slice(_BY_MODEL, _BY_STATE)
         return sum(self._right[of_model]) / sum(self._checked[of_model])
 
@@ -98,14 +104,14 @@ class Proposer:
         return not guesses or guesses[0][1] < self.hope
 
     def chance_by_model(self, index: int, token: int, probability: float) -> float:
-        """The chance that a guess of a draft model is right, if the model gives it this
-        probability. The guess replaces the proposed token `index` and all tokens after it."""
+        """Returns the chance that a guess of a draft model is right, if the model gives the token
+        this probability. The guess replaces the proposed token `index` and all later ones."""
         kind = _BY_MODEL + min(int(4 * probability), 3)
         self._proposed[index:] = [(token, kind)]
         return self._chance(kind)
 
     def note(self, accepted: int, cost: float) -> None:
-        """Counts drafts that were checked.
+        """Changes the gain after drafts were checked.
 
         Args:
             accepted: the number of right drafts.
@@ -114,12 +120,13 @@ class Proposer:
         self.gain = min(self.gain + accepted - cost, _MOST_GAIN)
 
     def note_wait(self) -> None:
-        """Counts the cost of a step that waits for the tokens of the steps under way."""
+        """Subtracts from the gain what it costs that the next step waits until the tokens of the
+        steps under way are known."""
         self.gain -= _COST_OF_A_WAIT
 
     def _check(self) -> None:
-        """Counts which of the proposed tokens were right, up to the first wrong one, as far as the
-        tokens at their positions are known. Proposed tokens that were in no pass count, too."""
+        """Counts right and wrong proposed tokens by their kind, up to the first wrong one. Tokens
+        count if the text has reached their positions, even if no pass has checked them."""
         for (token, kind), came in zip(self._proposed, self._ids[self._begin :], strict=False):
             self._right[kind] = _FORGETTING * self._right[kind] + (token == came)
             self._checked[kind] = _FORGETTING * self._checked[kind] + 1
@@ -131,8 +138,8 @@ class Proposer:
         return self._right[kind] / self._checked[kind]
 
     def _repeated(self, most: int) -> list[tuple[int, int]]:
-        """The tokens that followed when the last tokens occurred earlier in the text, each with its
-        kind. The list is empty if the last tokens are new."""
+        """Returns the tokens that followed where the last tokens occurred earlier in the text, each
+        with its kind. The list is empty if the last tokens did not occur before."""
         place = self._repeats.place()
         tokens: list[int] = []
         guesses: list[tuple[int, int]] = []
@@ -143,9 +150,10 @@ class Proposer:
         return guesses
 
     def _matching(self, most: int, matcher: Matcher) -> list[tuple[int, int]]:
-        """Guesses the next tokens, one after the other, each with its kind (see `_EXPECTED`). A
-        guess is the token that the grammar forces, or else the likeliest that it allows of the
-        tokens that followed earlier. Ends where there is no such token."""
+        """Guesses the next tokens of a text with a grammar, each with its kind (see `_EXPECTED`). A
+        guess is the token that the grammar forces. If it forces none, the guess is the likeliest
+        allowed token of those that followed earlier, in the same state or after the same tokens.
+        The guesses end where there is no such token."""
         if self._states is None:
             self._states = StateGuesses(self._ids, matcher.states)
         self._states.update()

@@ -1,8 +1,8 @@
-"""Decode steps on the CPU without Python between their kernels, like CUDA graphs on a GPU.
+"""Repeats decode steps on the CPU without Python between their kernels, like CUDA graphs on a GPU.
 
-A step is recorded for each number of tokens. Tokens, positions and places in the cache are data:
-before each step they are copied to the memory that the recording reads. A recording is valid until
-a weight of the model is replaced, or other kernels are selected.
+A step is recorded for each number of tokens. A recording has fixed addresses. Before each step the
+tokens, positions and places in the cache are copied to the memory that the recording reads. A
+recording is valid until a weight of the model is replaced, or other kernels are selected.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mistral_ext.ops.recording import Recording, record
 
 
 class RecordedSteps:
-    """Makes the steps for the next tokens of sequences. Each token has a row of the table.
+    """Makes steps for the next tokens of sequences. Each token has a row of the sequence table.
 
-    Only steps of up to `MOST_ROWS` tokens without adapters are recorded: the kernels of larger
-    steps take much longer than Python does, and a recording keeps the memory that the kernels use.
+    Only steps of up to `MOST_ROWS` tokens without adapters are recorded. The kernels of larger
+    steps take much longer than Python does, and a recording keeps the memory that they use.
 
     Args:
         model: the weights, on the CPU.
@@ -37,13 +37,13 @@ class RecordedSteps:
 
     @torch.inference_mode()
     def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> tuple[Tensor, bool]:
-        """Returns the result of `Transformer.step`, and whether later calls of this size take as
-        long. They do not if this call recorded the step. The next call of this size may overwrite
-        the result.
+        """Returns the result of `Transformer.step`, and whether later calls with as many tokens
+        take as long. This is False if the call recorded the step. The next call with as many tokens
+        may overwrite the result.
 
         Args:
             token_ids: [T] int64.
-            table: [T, 5] int64, the sequence table.
+            table: [T, 5] int64, the sequence table, with a row for each token.
             adapters: as in `Transformer.step`.
         """
         size = len(token_ids)
@@ -64,14 +64,14 @@ class _Step:
         self._token_ids = torch.empty(size, dtype=torch.int64, device="cpu")
         self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
         self._h: Tensor  # the result of the recorded step
-        self._weights: Sequence[object] = ()  # of the last call; a recording needs them
+        self._weights: Sequence[object] = ()  # those of the last call, which a recording reads
         self._can_record = True
         self._recording: Recording | None = None
 
     def run(self, token_ids: Tensor, table: Tensor) -> tuple[Tensor, bool]:
         self._token_ids.copy_(token_ids)
         self._table.copy_(table)
-        # A recording has the addresses of the weights.
+        # A recording has the addresses of the weights, so it is dropped if a weight was replaced.
         model = self._model
         weights = model.embeddings, model.frequencies, *model.weights_of_layers()
         if len(weights) != len(self._weights) or any(map(is_not, weights, self._weights)):
@@ -82,7 +82,7 @@ class _Step:
         if not self._can_record:
             self._step()
             return self._h, True
-        self._recording = None  # `record` may be interrupted
+        self._recording = None  # so that no old recording stays if `record` is interrupted
         self._recording = record(self._step, [self._token_ids])
         self._can_record = self._recording is not None
         return self._h, False

@@ -1,4 +1,4 @@
-"""Finds the last tokens of a text earlier in the text. The tokens that followed there may follow
+"""Finds earlier occurrences of the last tokens of a text. The tokens that followed there may follow
 again.
 
 Source: Saxena 2023, prompt lookup decoding.
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from typing import NamedTuple
 
-_NGRAMS = (2, 3)  # the numbers of tokens that are looked up
-_NEAR = 4  # a match that has ended may go on at any of this many tokens after its end
+_NGRAMS = (2, 3)  # how many of the last tokens are looked up
+_NEAR = 4  # after a match has ended, the text may go on at any of this many tokens after its end
 
 
 class Place(NamedTuple):
-    """A place in the earlier text.
+    """A place in the earlier text where the text's last tokens occur (a match).
 
     Attributes:
-        source: the position of the token that may follow.
-        matching: the number of tokens before it that are the same as the last tokens of the text.
-            0: there is no such place.
-        left: the position where the last match of at least two tokens ended. -1: there was no such
-            match.
+        source: the position of the token after the match. This token may follow next.
+        matching: the number of tokens before `source` that are the same as the last tokens of the
+            text. 0: there is no match.
+        left: the position after the last match of at least two tokens that has ended. -1: no such
+            match has ended.
     """
 
     source: int = 0
@@ -29,12 +29,12 @@ class Place(NamedTuple):
     left: int = -1
 
     def next(self) -> Place:
-        """The next place, if the expected token has followed."""
+        """The place after this one, if the token at `source` has followed."""
         return Place(self.source + 1, self.matching + 1, self.left)
 
 
 class Repeats:
-    """Finds the last tokens of a text earlier in it.
+    """Finds earlier occurrences of the last tokens of a text.
 
     Args:
         ids: the tokens of the text, a list that grows.
@@ -47,13 +47,17 @@ class Repeats:
         self._place = Place()
 
     def place(self) -> Place:
-        """The place after an earlier occurrence of the last tokens of the text.
+        """Returns the place after an earlier occurrence of the last tokens of the text.
 
-        A match that has come to 3 or more tokens, the last token among them, goes on. Otherwise the
-        first that exists is taken: the latest occurrence of the last 3 tokens; a match that has
-        come to 2 tokens; the latest occurrence of the last 2 tokens; the last token alone, shortly
-        after the end of the last match, because a few words may have been changed. If there is none
-        of them, `matching` is 0.
+        The first of these that exists is taken:
+        1. The match so far, if the last token continues it and it now has 3 or more tokens.
+        2. The latest occurrence of the last 3 tokens.
+        3. The match so far, if the last token continues it and it now has 2 tokens.
+        4. The latest occurrence of the last 2 tokens.
+        5. The last token alone, if it occurs shortly after the end of an earlier match. The text
+           may have changed a few words there.
+
+        If none of them exists, `matching` is 0.
         """
         ids = self._ids
         for i in range(self._indexed, len(ids)):
@@ -66,27 +70,28 @@ class Repeats:
         return self._place
 
     def token(self, place: Place, guesses: List[int]) -> int | None:
-        """The token that may follow the text and some guesses. Returns None if `place`, the place
-        after them, has no match."""
+        """Returns the token that may follow the text and some guesses. `place` is the place for the
+        text with the guesses. Returns None if it has no match."""
         if not place.matching:
             return None
         past = place.source - len(self._ids)
         return self._ids[place.source] if past < 0 else guesses[past]
 
     def moved(self, place: Place, guesses: List[int]) -> Place:
-        """The place behind the last guess, given the place before it."""
+        """Returns the place after the last guess, given the place before this guess."""
         last = [*self._ids[-2:], *guesses][-3:]
         before = self.token(place, guesses)
         return self._moved(place, last, -1 if before is None else before, len(self._ids))
 
     def _moved(self, place: Place, last: List[int], expected: int, end: int) -> Place:
-        """The place after a new token, given the place before it.
+        """Returns the place after a new token.
 
         Args:
             place: the place before the new token.
             last: the last tokens, up to three. The new token is last[-1].
-            expected: the token that `place` points to. The new token may be another.
-            end: a position. Tokens before it are earlier text, in which a repetition may go on.
+            expected: the token at `place.source`, which the new token may repeat or not. -1: there
+                is none.
+            end: the position after the earlier text, in which a match may be found.
         """
         source, matching, left = place
         if matching and expected == last[-1]:

@@ -17,16 +17,17 @@ from mistral_ext.text.tool_parser import ToolParser
 
 @dataclass(frozen=True)
 class Timing:
-    """How long the phases of a completion took, in seconds of wall clock."""
+    """How long the phases of a completion took, in seconds of wall clock, and how many tokens each
+    phase had."""
 
-    prompt_tokens: int  # prompt tokens read; the rest of the prompt was in the cache
+    prompt_tokens: int  # the number of prompt tokens read; the rest of the prompt was in the cache
     prompt_seconds: float  # from the first step of the request to its first token
-    decode_tokens: int  # tokens generated after the first token
-    decode_seconds: float
-    cached_tokens: int = 0  # prompt tokens that were in the cache
+    decode_tokens: int  # the number of tokens generated after the first token
+    decode_seconds: float  # from the first token to the last token
+    cached_tokens: int = 0  # the number of prompt tokens that were in the cache
     queue_seconds: float = 0.0  # from the arrival of the request to its first step
-    drafted_tokens: int = 0  # drafts that were checked (`engine.drafts`)
-    accepted_tokens: int = 0  # drafts that were right; each saved a decode step
+    drafted_tokens: int = 0  # the number of guessed tokens that were checked (`engine.drafts`)
+    accepted_tokens: int = 0  # how many of the guesses were right; each saved a decode step
 
     @property
     def prompt_rate(self) -> float:
@@ -44,16 +45,17 @@ class Completion:
     """The model's continuation of a prompt."""
 
     text: str | None  # None: the model has no tokenizer
-    token_ids: list[int]  # sampled tokens, including an end-of-text token
-    finish_reason: str  # "stop": end of text, a stop string, or the end of what has to match;
-    # "length": max_tokens or the limit; "tool_calls": end of text after calls
-    logprobs: list[TokenLogprob] | None  # one for each token id, if requested
+    token_ids: list[int]  # the sampled tokens; the last may be an end-of-text token
+    # "stop": an end token, a stop string, or the end of what the grammar allows. "length":
+    # max_tokens, or the model's limit. "tool_calls": an end token after tool calls.
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None  # one for each token id; None: they were not requested
     timing: Timing
     tool_calls: Sequence[ToolCall] = ()
 
     def divided(self, parser: ToolParser) -> Completion:
-        """Returns this completion with tool calls apart from its text. `parser` has read all
-        outputs of the completion."""
+        """Returns this completion with its tool calls moved from the text to `tool_calls`. `parser`
+        must have read all outputs of the completion."""
         reason = parser.reason(self.finish_reason)
         return replace(self, text=parser.content, finish_reason=reason, tool_calls=parser.calls)
 
@@ -64,24 +66,27 @@ class Request:
 
     Args:
         prompt_ids: at least one token id.
-        params: how to choose tokens. None: only read the prompt, for its logits, and generate
-            nothing.
+        params: how to choose tokens. None: the request only reads the prompt, for its logits or
+            hidden states, and generates nothing.
         max_length: the most tokens of prompt and completion together.
         eos_ids: tokens that end the completion.
-        index: which of the prompt's n completions this is.
+        index: which of the prompt's n completions this is, from 0 on.
         text: turns the token ids of the completion into text. None: there is no tokenizer.
-        prompt_logits: also give the logits that follow each token of the prompt, from the token
-            `logits_from` on. The tokens before it may come from the cache.
-        hidden: give hidden states, after the last norm, instead of these logits.
-        chunk: the number of prompt tokens to read in each pass (in the last perhaps fewer), without
-            other prompts. None: the engine decides.
-        salt: a cached prefix serves only requests with the same salt.
-        reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts.
-            Then the replies of a conversation need not be read again. But the keys and values of a
-            generated token differ in their last bits from those of a prompt token, so the text may
-            depend on what is still in the cache.
-        grammar: the constraint of the completion. None: it need not match anything.
-        adapter: the adapter to use. None: use only the model's own weights.
+        prompt_logits: whether to give the logits that follow tokens of the prompt.
+        logits_from: the index of the first prompt token whose logits or hidden state are given.
+            Earlier tokens may come from the cache.
+        hidden: whether to give the hidden states of tokens of the prompt, after the last norm, and
+            not their logits.
+        chunk: the number of prompt tokens to read in each pass. The last pass may read fewer. No
+            other prompt is read in these passes. None: the engine decides.
+        salt: any text. Cached prefixes serve only requests with the same salt. None: the prefixes
+            of requests without a salt.
+        reuse_completions: whether to reuse also generated tokens in the cache, not only tokens of
+            prompts. If True, the replies of a conversation need not be read again. But the keys and
+            values of a generated token differ in their last bits from those of a prompt token, so
+            the text may depend on what is still in the cache.
+        grammar: the constraint of the completion. None: the completion need not match anything.
+        adapter: the LoRA adapter to use. None: the model's own weights alone are used.
     """
 
     prompt_ids: Sequence[int]
@@ -119,19 +124,20 @@ class Request:
 class Output:
     """New results of a request.
 
-    The last output of a request has a `finish_reason` or an `error`, unless it was aborted.
+    The last output of a request has a `finish_reason` or an `error`. An aborted request has no last
+    output.
     """
 
     request_id: int
-    text: str = ""  # text of the completion that became final
+    text: str = ""  # new text of the completion, which later tokens cannot change
     token_ids: list[int] = field(default_factory=list)  # the new tokens
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if requested
     prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
     hidden: Tensor | None = None  # [n, E] fp32, of the next n tokens of the prompt
-    finish_reason: str | None = None
-    error: Exception | None = None
-    completion: Completion | None = None  # the whole completion; set with finish_reason if the
-    # request generates tokens
+    finish_reason: str | None = None  # as in `Completion`
+    error: Exception | None = None  # why the request failed
+    # The whole completion. It is in the last output, if the request generates tokens.
+    completion: Completion | None = None
 
     @property
     def is_last(self) -> bool:

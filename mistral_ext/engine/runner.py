@@ -1,7 +1,8 @@
 """Runs passes over the weights, for the sequences that the scheduler has chosen.
 
-`Runner` is for the CPU, where a pass is done when its call returns, and for a GPU if
-MISTRAL_EXT_GRAPHS is 0. `graph_runner` has the usual runner for a GPU.
+`Runner` is for the CPU, where a pass is done when the call that makes it returns. It is also for a
+GPU if the environment variable MISTRAL_EXT_GRAPHS is 0. `graph_runner` has the usual runner for a
+GPU.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from mistral_ext.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of a prompt to read.
+    """Consecutive tokens of a prompt to read in one pass.
 
     Attributes:
         extent: the extent that stores the keys and values of the tokens.
         token_ids: the tokens.
-        logits: the number of last tokens for which to compute logits.
-        adapter: the slot of the sequence's adapter. -1: it has no adapter.
-        hidden: give hidden states for these tokens instead of logits.
+        logits: the number of tokens at the end of the piece for which to compute logits.
+        adapter: the slot of the sequence's adapter. -1: the sequence has no adapter.
+        hidden: whether to give the hidden states of these tokens, and not their logits.
     """
 
     extent: Extent
@@ -46,9 +47,9 @@ class Step:
         token_ids: a function that waits for the step and returns the N tokens that it sampled. A
             token is -1 if none could be chosen.
         logits: [N, V] fp32, from which the tokens were sampled. They stay valid until more than
-            `ahead` later steps of N sequences have been launched.
-        is_usual: whether later steps of this size take as long. They do not if this step needed
-            preparation, or was recorded.
+            `Runner.ahead` later steps of N sequences have been launched.
+        is_usual: whether later steps of this size take as long. False if this step had to be
+            prepared, captured or recorded first.
     """
 
     token_ids: Callable[[], list[int]]
@@ -62,8 +63,8 @@ class Verified:
 
     Attributes:
         logits: [T, V] fp32, a row for each token that was read.
-        largest: [T], the id of the largest logit of each row, or -1 if there is none. None: not all
-            sequences take the largest logit, so the caller has to draw.
+        largest: [T], the id of the largest logit of each row, or -1 if no token can be chosen.
+            None: not all sequences take the largest logit, so the caller has to draw tokens.
         is_usual: as in `Step`.
     """
 
@@ -73,7 +74,7 @@ class Verified:
 
 
 class Reading:
-    """A pass that reads pieces of several prompts, in parts of some layers each.
+    """A pass that reads pieces of several prompts. It may pause between layers.
 
     Args:
         model: the weights.
@@ -106,7 +107,7 @@ class Reading:
         return len(self._model.layers) - self._done
 
     def advance(self, layers: int | None = None) -> None:
-        """Computes the next `layers` layers. None: all remaining layers."""
+        """Computes the next `layers` layers. If `layers` is None, computes all remaining layers."""
         begin, left = self._done, self.layers_left
         self._done += left if layers is None else min(layers, left)
         self._h = self._model.step(
@@ -121,7 +122,7 @@ class Reading:
         )
 
     def results(self) -> list[Tensor]:
-        """The result of `Runner.read`. All layers must be done."""
+        """Returns what `Runner.read` returns. All layers must be done."""
         h, pieces, model = self._h, self._pieces, self._model
         assert h is not None
         if not self._has_results:
@@ -145,18 +146,18 @@ class Reading:
 
 
 class Runner:
-    """Runs passes. `launch` computes its step and waits for the tokens.
+    """Runs passes. In this class `launch` waits until the tokens of its step are chosen.
 
     Args:
         model: the weights.
         pool: the cache.
-        sampler: the state of sampling.
+        sampler: chooses tokens, and has the options and state of the sequences.
 
     Attributes:
-        ahead: the number of decode steps that may be under way when another step is launched.
-        pauses: whether passes over prompts are divided into parts while other sequences generate.
-            This needs runners whose calls return when the work is done, so that time can be
-            measured.
+        ahead: the number of decode steps that may still be under way after another step was
+            launched. Their tokens need not be known.
+        pauses: whether passes over prompts pause while other sequences generate. To measure the
+            time of some layers, calls must return only when their work is done.
     """
 
     ahead = 0
@@ -173,15 +174,15 @@ class Runner:
         """Reads pieces of several prompts in one pass.
 
         Returns:
-            The logits of each piece, [piece.logits, V] fp32; or its hidden states,
-            [piece.logits, E] fp32.
+            For each piece its logits, [piece.logits, V] fp32, or if `piece.hidden` is set its
+            hidden states, [piece.logits, E] fp32.
         """
         reading = self.begin(pieces)
         reading.advance()
         return reading.results()
 
     def begin(self, pieces: Sequence[Piece]) -> Reading:
-        """Prepares the same pass as `read`, for a caller who makes it in parts by
+        """Prepares the same pass as `read`. The caller then computes its layers, some at a time, by
         `Reading.advance`. Until the pass is done, the extents of the pieces must neither move nor
         be released."""
         return Reading(self._model, self._pool, pieces)
@@ -199,9 +200,12 @@ class Runner:
             extents: the sequences' places in the cache.
             rows: the sequences' rows of the sampler.
             token_ids: the N tokens to read. None: the tokens that the last step samples. That step
-                must have the same sequences, and `ahead` must not be 0.
+                must have had the same sequences, and `ahead` must not be 0.
             adapters: the slots of the sequences' adapters, or -1 for a sequence without one. An
                 empty list: no sequence has an adapter.
+
+        Raises:
+            ValueError: token_ids is None, but `ahead` is 0.
         """
         if token_ids is None:
             raise ValueError("token_ids is None, expected the ids to read: this runner keeps none")
@@ -225,7 +229,7 @@ class Runner:
         Args:
             extents, rows: as in `launch`.
             token_ids: for each sequence its next token and its drafts.
-            adapters: for each sequence the slot of its adapter, or -1.
+            adapters: for each sequence the slot of its adapter, or -1 if it has none.
         """
         counts = list(map(len, token_ids))
         return self._verify_rows(
@@ -238,9 +242,12 @@ class Runner:
     def _verify_rows(
         self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int], greedy: bool
     ) -> Verified:
-        """Does `verify` for T tokens. Each token has its own row of the table, and its own adapter.
+        """Does the work of `verify`, for T tokens of all sequences together.
 
         Args:
+            token_ids: [T], the tokens.
+            table: [T, 5], the sequence table, with a row for each token.
+            adapters: [T], for each token the slot of its adapter, or -1.
             greedy: whether all sequences take the largest logit.
         """
         model = self._model
@@ -253,8 +260,8 @@ class Runner:
     def _step(
         self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int]
     ) -> tuple[Tensor, bool]:
-        """Makes a step for T tokens. Each token has a row of the table and an adapter. Returns
-        the residual stream [T, E], and `is_usual` as in `Step`."""
+        """Makes a step for T tokens. Each token has a row of the table and an entry in `adapters`.
+        Returns the residual stream [T, E], and `is_usual` as in `Step`."""
         device = self._model.device
         tokens, slots = _int64(token_ids, device), _slots(adapters, device)
         if self._recorded is not None:
@@ -272,8 +279,8 @@ def captures_steps() -> bool:
 def choose(
     model: Transformer, sampler: Sampler, h: Tensor, rows: Tensor, greedy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns (logits [N, V], token ids [N]) of a step. `greedy` says that no row needs a draw of
-    `sampler`."""
+    """Returns the logits [N, V] and the chosen token ids [N] of a step. If `greedy`, each token is
+    that of the largest logit. Otherwise `sampler` draws it."""
     if greedy:
         return model.greedy(h, sampler.vocab_size)
     logits = model.logits(h)
@@ -281,7 +288,7 @@ def choose(
 
 
 def _slots(adapters: Sequence[int], device: torch.device) -> Tensor | None:
-    """The adapters of a pass in the form that `Transformer.step` takes."""
+    """Returns the adapters of a pass in the form that `Transformer.step` takes."""
     if max(adapters, default=-1) < 0:
         return None
     return torch.tensor(adapters, dtype=torch.int32, device=device)

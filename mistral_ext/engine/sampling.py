@@ -1,8 +1,9 @@
-"""Sampling: keeps the options and the state of completions, from which `ops.sample` chooses tokens.
+"""Keeps the options and the state of completions, by which `ops.sample` chooses tokens.
 
-The steps have vLLM's order: logit bias, penalties, temperature, min_p, top_k, top_p. The noise of a
-draw is a pure function of (seed, index of the completion, step, token). So it depends neither on
-the rest of the batch nor on earlier draws.
+The options are applied in vLLM's order: logit bias, penalties, temperature, min_p, top_k, top_p.
+The random noise of a draw is a pure function of the seed, the index of the completion, the number
+of tokens drawn before, and the token. So it depends neither on the rest of the batch nor on earlier
+draws.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Sampler:
     The state of a completion is one row of several tensors on the device (see `ops.sample`).
 
     Args:
-        rows: the number of completions at a time.
+        rows: the most completions at a time.
         vocab_size: V, the number of ids that may be chosen.
         device: the device of the logits.
         holes: ids below V that no token has, and that are never chosen.
@@ -45,13 +46,14 @@ class Sampler:
         holes: Collection[int] = (),
     ) -> None:
         self.vocab_size = vocab_size
-        with torch.inference_mode(False):  # the state outlives the call
+        # Tensors that are made in inference mode cannot be changed outside of it.
+        with torch.inference_mode(False):
             self._options = torch.zeros(rows, 7, dtype=torch.float64, device=device)
             self._noise = torch.zeros(rows, 3, dtype=torch.int64, device=device)
             self._history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
-        self._bias: Tensor | None = None  # made when first needed
+        self._bias: Tensor | None = None  # [rows, V], made when a row first needs it
         self._plainly_greedy = [False] * rows
-        self._unrestricted: dict[int, Tensor] = {}  # the biases that rows had before `restrict`
+        self._unrestricted: dict[int, Tensor] = {}  # row -> its bias before `restrict`
         self._holes = tuple(holes)
         if holes:
             self._make_bias()
@@ -71,7 +73,7 @@ class Sampler:
             row: the row, 0 to rows - 1. The previous completion with this row must have ended.
             params: the options.
             prompt_ids: tokens of the prompt, for the repetition penalty.
-            index: which of the prompt's n completions this is.
+            index: which of the prompt's n completions this is, from 0 on.
             completion_ids: the tokens that were already drawn.
             seed: the seed of the draws, 0 to 2^64 - 1. None: the seed of the options, or a random
                 seed if they have none.
@@ -112,8 +114,8 @@ class Sampler:
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
 
     def follow(self, other: Sampler, rows: Sequence[int]) -> None:
-        """Copies the state of some completions from another sampler with as many rows and tokens.
-        If none of them needs a draw (`needs_no_draw`), copies only this fact.
+        """Copies the state of some completions from another sampler with as many rows and ids. If
+        no completion needs a draw (`needs_no_draw`), copies only this fact.
 
         Args:
             rows: the rows of the completions. They are the same in both samplers.
@@ -137,7 +139,7 @@ class Sampler:
 
         Args:
             row: a row that `start` has given to a completion.
-            allowed: [V or more], whether each token may be chosen.
+            allowed: [V or more], for each id whether it may be chosen.
         """
         if self._bias is None:
             self._make_bias()
@@ -149,7 +151,7 @@ class Sampler:
         banned = self._bias.new_full((), -torch.inf)
         torch.where(given, self._unrestricted[row], banned, out=self._bias[row])
 
-    @torch.inference_mode(False)  # the bias outlives the call
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be changed outside of it
     def _make_bias(self) -> None:
         self._bias = torch.zeros_like(self._history, dtype=torch.float32)
 
@@ -158,12 +160,12 @@ class Sampler:
 
     @property
     def biased(self) -> bool:
-        """Whether draws add a bias. All rows do so once the vocabulary has holes or any completion
-        so far had a logit_bias or a restriction."""
+        """Whether draws add a bias. The draws of all rows do so if the vocabulary has holes, or
+        once a completion has had a logit_bias or a restriction."""
         return self._bias is not None
 
     def needs_no_draw(self, rows: Sequence[int]) -> bool:
-        """Whether all these completions take the largest logit. This needs no state."""
+        """Whether all these completions simply take the token with the largest logit."""
         return all(self._plainly_greedy[row] for row in rows)
 
     def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:
@@ -171,13 +173,15 @@ class Sampler:
 
         Args:
             rows: [N], the completions' rows.
-            logits: [N, V or more] fp32, not changed; columns past V are never chosen.
+            logits: [N, V or more] fp32. They are not changed, and columns after the first V are
+                never chosen.
 
         Returns:
             The N token ids.
 
         Raises:
-            ValueError: no token can be chosen, because a logit is NaN or all are -inf.
+            ValueError: no token can be chosen, because a logit is NaN or all are -inf (also by
+                biases and restrictions).
         """
         token_ids = self.draw_now(rows, logits)
         if -1 in token_ids:
@@ -185,13 +189,13 @@ class Sampler:
         return token_ids
 
     def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """Does `sample` for rows on the device, without waiting for it. A token is -1 where
-        `sample` raises."""
+        """Does the same as `sample`, but takes the rows as a tensor on the device, and returns the
+        token ids as one without waiting for them. An id is -1 where `sample` raises an error."""
         logits = logits[:, : self.vocab_size]
         return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
 
     def draw_now(self, rows: Sequence[int], logits: Tensor) -> list[int]:
-        """Does `sample`, but a token is -1 where `sample` raises."""
+        """Does the same as `sample`, but an id is -1 where `sample` raises an error."""
         token_ids: list[int] = self.draw(self._ids(rows), logits).tolist()
         return token_ids
 
@@ -209,19 +213,19 @@ class Sampler:
 
 
 def fresh_seed(params: SamplingParams) -> int:
-    """The seed of the options, or if they have none a new random seed."""
+    """Returns the seed of the options, or a new random seed if they have none."""
     return secrets.randbits(64) if params.seed is None else params.seed
 
 
 def token_logprob(
     logits: Tensor, token_id: int, count: int, holes: Collection[int] = ()
 ) -> TokenLogprob:
-    """The log-probability of a token.
+    """Returns the log-probability of a token, and those of the most likely tokens.
 
     Args:
         logits: [V] fp32.
         token_id: the token.
-        count: also report this many of the most likely tokens.
+        count: the number of most likely tokens to report.
         holes: ids that no token has. Their probability is 0, and they are not reported.
     """
     logits = logits.to(torch.float64, copy=True)

@@ -7,15 +7,16 @@ A request waits until there is a row of the sampler for it and room in the cache
 Then its prompt is read, piece by piece. Pieces may be smaller while other sequences generate, so
 that a long prompt delays them little. Prompts that are being read take turns.
 
-Prompts and generated tokens are read in separate passes. The rounding of a product depends on its
-number of tokens, so in a common pass a text would depend on the rest of the batch. In separate
-passes it does not. Pieces of prompts have at least `LEAST_PIECE` tokens. From this number on, the
-bits of a token do not depend on the number of tokens. Neither do they for up to 8 generated tokens.
-A prompt of up to 8 tokens is read alone.
+Prompts and generated tokens are read in separate passes. The reason is that kernels for few and for
+many tokens round differently. In a common pass the number of tokens, and so each text, would depend
+on the rest of the batch. A piece of a prompt has at least `LEAST_PIECE` tokens, or is the whole
+prompt. From this number on, a token gets the same bits in a pass of any size. The same holds for
+passes of up to 8 generated tokens. A prompt of up to 8 tokens is read alone.
 
-When a sequence has to grow and there is no room, extents of ended requests are released first. Then
-the sequence that came last is put back: it waits, its prompt is read again, and the tokens that it
-had generated are computed again one by one, with the same bits as before.
+When a sequence has to grow and there is no room, extents of ended requests are released first. If
+that is not enough, the sequence that came last is *put back*: it loses its extent and waits. Later
+its prompt is read again, and its generated tokens are read again one by one, so that their keys and
+values get the same bits as before.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ class Scheduler:
 
     Args:
         pool: cache memory.
-        rows: the number of sequences that may generate at a time.
+        rows: the most sequences that may generate at a time.
         chunk: the most tokens of prompts to read in a pass while no sequence generates.
         busy_chunk: the most tokens of prompts to read in a pass while a sequence generates.
 
     Attributes:
-        waiting: sequences that are not admitted yet, in the order in which they will be.
+        waiting: sequences that wait to be admitted, the next one first.
         reading: sequences whose prompts are being read, in the order of their next pieces.
-        decoding: sequences that generate, in the order of admission.
+        decoding: sequences that generate, in the order in which their prompts were done.
         prefixes: the extents of ended requests.
         preemptions: the number of times that a sequence was put back.
-        busy_chunk: the argument of this name, but at most `chunk`. The engine may change it.
+        busy_chunk: the argument of this name, but at most `chunk`. `PromptReader` may change it.
     """
 
     def __init__(self, pool: SlotPool, rows: int, chunk: int, busy_chunk: int) -> None:
@@ -76,8 +77,8 @@ class Scheduler:
         yield from self.decoding
 
     def count_soon_generating(self) -> int:
-        """Counts the sequences that generate as soon as their prompts are read. Sequences without a
-        row of the sampler have to wait for longer."""
+        """Counts the sequences that generate as soon as their prompts are read. Among those that
+        wait, only as many count as the sampler has free rows."""
         reading, waiting = (
             sum(sequence.request.params is not None for sequence in sequences)
             for sequences in (self.reading, self.waiting)
@@ -100,7 +101,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> None:
-        """Admits waiting sequences in their order, as long as there is room."""
+        """Admits waiting sequences in their order, until one has no room or should wait for longer
+        (see `_may_enter`)."""
         while self.waiting and self._may_enter(self.waiting[0]):
             sequence = self.waiting[0]
             extent, exact = self._extent_for(sequence)
@@ -114,8 +116,8 @@ class Scheduler:
             self.reading.append(sequence)
 
     def next_pieces(self) -> list[tuple[Sequence, int]]:
-        """The prompt tokens to read in the next pass: sequences, and the number of tokens of
-        each."""
+        """Chooses the prompt tokens to read in the next pass. Returns sequences, each with the
+        number of its tokens to read."""
         if not self.reading:
             return []
         budget = self.busy_chunk if self.decoding else self._chunk
@@ -139,7 +141,8 @@ class Scheduler:
         return pieces
 
     def note_read(self, sequence: Sequence, count: int) -> None:
-        """Counts prompt tokens that were read. After the last of them the sequence generates."""
+        """Counts prompt tokens that were read. After the last token of its prompt, the sequence
+        generates if it has params."""
         may_share = sequence.request.chunk is None and sequence.prompt_length >= LEAST_PIECE
         if may_share and sequence.exact == sequence.place.length:
             sequence.exact += count
@@ -151,22 +154,26 @@ class Scheduler:
             self.decoding.append(sequence)
 
     def next_decode(self) -> list[Sequence]:
-        """The sequences of the next decode step. Each has room for its token."""
+        """Returns the sequences of the next decode step, after making room for a token of each.
+        This may put back sequences."""
         for sequence in list(self.decoding):
-            if sequence.extent is not None and _goes_on(sequence):  # this loop has not put it back
+            # The extent is None if room for an earlier sequence has put back this one.
+            if sequence.extent is not None and _goes_on(sequence):
                 self._make_room(sequence)
         return [sequence for sequence in self.decoding if _goes_on(sequence)]
 
     def note_decoded(self, sequences: list[Sequence]) -> None:
-        """Counts the token that each sequence has read."""
+        """Counts one more token that was read for each sequence."""
         for sequence in sequences:
             self._pool.advance(sequence.place, 1)
 
     def release(self, sequence: Sequence, keep: bool = True) -> None:
-        """Releases a sequence that has ended, in whichever list it is.
+        """Releases a sequence that has ended, whether it waits, reads or decodes.
 
         Args:
-            keep: whether its keys and values are valid, so that other requests may use them.
+            sequence: the sequence.
+            keep: whether its keys and values are valid, so that other requests may use them. If
+                False, its slots are freed.
         """
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -179,7 +186,8 @@ class Scheduler:
         sequence.extent = None
 
     def put_back(self, sequence: Sequence) -> None:
-        """Makes a running sequence wait again, ahead of all sequences that came after it."""
+        """Takes the extent of a running sequence, and makes the sequence wait again, ahead of all
+        waiting sequences that came after it."""
         self.preemptions += 1
         self._forget(sequence)
         self._pool.release(sequence.place)
@@ -205,8 +213,8 @@ class Scheduler:
     def _may_enter(self, sequence: Sequence) -> bool:
         if sequence.request.params is not None and not self._free_rows:
             return False
-        # Prompts for the next pass or two are enough. A request that is admitted later finds more
-        # in the cache.
+        # It is enough to admit the prompts of the next pass or two. A request that is admitted
+        # later may find more of its prompt in the cache.
         unread = sum(s.prompt_length - s.place.length for s in self.reading)
         if unread >= 2 * self._chunk:
             return False
@@ -224,8 +232,9 @@ class Scheduler:
         return common >= other.place.length + LEAST_PIECE
 
     def _extent_for(self, sequence: Sequence) -> tuple[Extent | None, int]:
-        """Makes an extent for a prompt, which may already hold its beginning. Also returns how many
-        of the tokens in it are exact (see `Match`)."""
+        """Makes an extent for a sequence. The extent holds the beginning of the prompt if the cache
+        has it. Returns the extent (None: there is no room), and the number of its tokens that are
+        exact (see `Sequence.exact`)."""
         most = self._needed(sequence)
         # A sequence that was put back gets all slots that it can need, so it does not have to grow.
         # It is put back again only if a sequence that came earlier grows.
@@ -235,8 +244,8 @@ class Scheduler:
         return extent, 0 if match is None else match.exact
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Gives a sequence room for one more token. If there is no room, puts back the sequences
-        that came last, perhaps also this sequence."""
+        """Gives a sequence room for one more token. While there is no room, puts back the running
+        sequence that came last. This may be the sequence itself."""
         while sequence.extent is not None and not self.prefixes.grow(sequence.extent, 1):
             self.put_back(max(self.running(), key=lambda s: s.request_id))
 
@@ -246,7 +255,8 @@ def _is_read_alone(sequence: Sequence) -> bool:
 
 
 def _goes_on(sequence: Sequence) -> bool:
-    """Whether the sequence needs another token after the tokens under way, as far as is known."""
+    """Whether the sequence needs another token after those that steps under way compute. Tokens
+    under way may still end it."""
     return sequence.is_open and sequence.place.length + 1 < sequence.request.max_length
 
 

@@ -26,20 +26,24 @@ class Sequence:
 
     Attributes:
         ids: the tokens of the prompt, then the generated tokens.
-        seed: the seed with which its tokens are drawn.
-        extent: the sequence's slots of the cache. None while it waits.
-        row: the sequence's row of the sampler. None while it waits, or if it generates nothing.
-        exact: the number of tokens at the beginning of the extent that were read as parts of a
-            prompt.
+        seed: the seed with which the sequence's tokens are drawn.
+        extent: the sequence's slots of the cache. None: the sequence waits, or has ended.
+        row: the sequence's row of the sampler. None: the sequence waits, has ended, or generates
+            nothing.
+        exact: the number of tokens at the beginning of the extent whose keys and values are exactly
+            those that any prompt with the same beginning has. Tokens of a prompt count, but not
+            generated tokens and tokens after them. Prompts with a `Request.chunk`, or of fewer than
+            `LEAST_PIECE` tokens, do not count either.
         reported: the number of prompt tokens that need no result any more, because the result was
             given or is not requested.
-        is_drawing: whether the sampler's row is in the state that the next draw needs.
+        is_drawing: whether the sampler's row has the options and state of this sequence.
         was_put_back: whether the sequence ran before and lost its place in the cache.
         finish_reason: why the sequence has ended. None: it has not ended.
         is_aborted: whether the request was aborted, so that nobody waits for its outputs.
-        matcher: knows which tokens may come next. None: any token may.
+        matcher: knows which tokens may come next. None: any token may come next.
         proposer: guesses the next tokens.
-        drafted, accepted: the number of drafts that were checked, and of those that were right.
+        drafted, accepted: the number of guessed tokens (drafts) that were checked, and how many of
+            them were right.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class Sequence:
         self._holes = holes
         self._eos_ids: tuple[int, ...] = ()
         self._logprobs: list[TokenLogprob] = []
-        self._others: int | None = None  # tokens to report beside each token; None: report none
+        # The number of likely tokens whose log-probabilities are reported beside that of each
+        # generated token. None: no log-probabilities are reported.
+        self._others: int | None = None
         params = request.params
         if params is not None:
             params.check_vocabulary(vocab_size, holes)
@@ -92,18 +98,18 @@ class Sequence:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether a part of its prompt is not in the cache yet."""
+        """Whether a part of the prompt is not in the cache yet. The sequence must be running."""
         return self.place.length < self.prompt_length
 
     @property
     def next_id(self) -> int:
-        """The token that the next decode step reads."""
+        """The token that the next decode step reads. Its id must be known."""
         return self.ids[self.place.length]
 
     @property
     def generates(self) -> bool:
-        """Whether the next decode step gives a new token. A sequence that was put back first reads
-        its generated tokens again, and these steps give no new tokens."""
+        """Whether the next decode step gives a new token. A sequence that was put back has to read
+        its generated tokens again first, and those steps give no new tokens."""
         return self.place.length >= len(self.ids) - 1
 
     @property
@@ -116,19 +122,21 @@ class Sequence:
         if not self._started:
             self._started = time.perf_counter()
             self._cached = self.place.length
-        if len(self.ids) == self.prompt_length:  # tokens that are read again do not count
+        # A prompt that is read again after tokens were generated does not count.
+        if len(self.ids) == self.prompt_length:
             self._read += count
 
     def report(self, results: torch.Tensor) -> Output:
-        """Gives results for the next tokens of the prompt: logits [n, V] or hidden states [n, E].
-        The last result belongs to the token that was read last."""
+        """Makes an output of results for the next n tokens of the prompt: logits [n, V] or hidden
+        states [n, E]. The last result belongs to the token that was read last."""
         self.reported = self.place.length
         if self.request.hidden:
             return Output(self.request_id, hidden=results)
         return Output(self.request_id, prompt_logits=results)
 
     def accept(self, token_id: int, logits: torch.Tensor) -> Output:
-        """Appends the next token. It was sampled from the logits [V or more]."""
+        """Appends the next token, which was sampled from `logits` [V or more]. Returns the output
+        of the request for this token."""
         self._last = time.perf_counter()
         if len(self.ids) == self.prompt_length:
             self._first = self._last

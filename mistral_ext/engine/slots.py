@@ -1,4 +1,4 @@
-"""Cache memory: the keys and values of all sequences, in one pool of slots per layer.
+"""The cache's memory: one pool of slots per layer, for the keys and values of all sequences.
 
 A sequence owns an *extent*: C consecutive slots of the pool, in every layer. The token at position
 p lives in slot p mod C of its extent. With a window, a query sees itself and the W - 1 tokens
@@ -13,13 +13,15 @@ read in chunks. A chunk of two tokens, 6 and 7, takes slots 2 and 3. But query 6
 3, so token 7 is stored only when attention is done (csrc/ring.h has the rule). If a chunk is longer
 than the ring, only its last C tokens are stored.
 
-In this pool a ring has more slots than the window. The additional slots are its *slack*. As many
-tokens can be taken back (`rewind`), and the next query still finds all keys that it sees.
+In this pool a ring has more slots than the window. The additional slots are its *slack*. If the
+slack is n slots, the last n tokens can be taken back (`rewind`), and the next query still finds all
+keys that it sees.
 
-An extent begins small. When it is full it grows to twice its size, up to the most that its sequence
-can need: a ring, or without a window its longest length. Growing copies its tokens once.
+An extent begins small. When it is full, it gets twice as many slots, and its tokens are copied to
+them. It grows up to the most slots that its sequence can need. With a window these are the window
+and the slack, or fewer if the sequence cannot become as long (`slots_needed`).
 
-Mistral 7B takes 131,072 bytes per token in bfloat16, in all 32 layers together.
+A token of Mistral 7B takes 131,072 bytes in bfloat16, in all 32 layers together.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
 
-# The number of slots of a ring beyond the window: 1/8 of the window, within these bounds.
+# The slack of a ring is 1/8 of the window, but at least and at most this many slots.
 _LEAST_SLACK, _MOST_SLACK = 64, 512
 
-# The initial size of an extent is a multiple of this many slots.
+# The initial size of an extent is a multiple of this many slots, unless it may not grow so far.
 _STEP = 256
 
 
 def slots_needed(window: int | None, max_length: int) -> int:
-    """The most slots that a sequence of at most `max_length` tokens needs."""
+    """The most slots that a sequence of at most `max_length` tokens needs. If `window` is None, the
+    model has no window."""
     if window is None:
         return max_length
     return min(max_length, window + min(max(window // 8, _LEAST_SLACK), _MOST_SLACK))
@@ -51,10 +54,11 @@ class Extent:
     """The slots of one sequence.
 
     Attributes:
-        first: the index of its first slot in the pool.
-        capacity: C, the number of its slots.
-        most: the number of slots to which it may grow.
-        length: the number of stored tokens of the sequence.
+        first: the index of the extent's first slot in the pool.
+        capacity: C, the number of slots of the extent.
+        most: the number of slots to which the extent may grow.
+        length: the number of tokens of the sequence that were stored, including those whose slots
+            later tokens have taken.
         oldest: the first position whose slot no later token has taken.
     """
 
@@ -75,8 +79,10 @@ class SlotPool:
         dtype, device: the dtype and device of the keys and values.
 
     Attributes:
-        k, v: a tensor [R, D] per layer, R = Hkv * slots.
-        slots, window: the number of slots, and the window of the model.
+        k, v: the keys and the values, a tensor [R, D] per layer. R = Hkv * slots, Hkv is the number
+            of key/value heads, and D the head dimension.
+        slots: the number of slots.
+        window: W, the window of the model. None: the model has no window.
     """
 
     def __init__(
@@ -93,7 +99,8 @@ class SlotPool:
         self._heads = config.n_kv_heads
         self._free = [(0, slots)]  # (first slot, number of slots) of each free range, in order
         shape = (self._heads * slots, config.head_dim)
-        with torch.inference_mode(False):  # the pools outlive the call
+        # Tensors that are made in inference mode cannot be changed outside of it.
+        with torch.inference_mode(False):
             # The pools are not zeroed: on the CPU untouched pages cost no memory until a token is
             # stored in them.
             self.k, self.v = (
@@ -108,18 +115,18 @@ class SlotPool:
 
     @property
     def free_slots(self) -> int:
-        """The number of slots that no extent owns. They need not be consecutive."""
+        """The number of slots that no extent owns. These slots need not be consecutive."""
         return sum(count for _, count in self._free)
 
     def allocate(self, length: int, most: int) -> Extent | None:
         """Allocates an empty extent.
 
         Args:
-            length: the number of tokens for which it must have slots at once.
-            most: the number of slots to which it may grow.
+            length: the number of tokens for which the extent must have slots from the start.
+            most: the number of slots to which the extent may grow.
 
         Returns:
-            The extent, or None if there is no room.
+            The extent, or None if there are not enough consecutive free slots.
         """
         capacity = min(most, -(-length // _STEP) * _STEP)
         first, free = _take(self._free, capacity)
@@ -155,9 +162,9 @@ class SlotPool:
         return False
 
     def copy(self, source: Extent, target: Extent, length: int) -> None:
-        """Copies the first `length` tokens of an extent to an empty extent, as far as later queries
-        see them. The target must have room for them, and `can_rewind(source, length)` must be
-        true."""
+        """Copies the first `length` tokens of an extent to an empty extent. Tokens that no later
+        query sees may be left out. The target must have room for the others, and
+        `can_rewind(source, length)` must be true."""
         target.oldest = self._copy(source, target, length)
         target.length = length
 
@@ -169,7 +176,7 @@ class SlotPool:
                 Every extent has room for its new tokens.
 
         Returns:
-            [S, 5] int64 on the CPU.
+            [S, 5] int64 on the CPU, for S sequences.
         """
         rows, first_token = [], 0
         for extent, count in counts.items():
@@ -188,7 +195,7 @@ class SlotPool:
                 most 1 + `room_for_drafts`.
 
         Returns:
-            [T, 5] int64 on the CPU.
+            [T, 5] int64 on the CPU, for T tokens of all sequences together.
         """
         rows: list[tuple[int, ...]] = []
         for extent, count in zip(extents, counts, strict=True):
@@ -198,8 +205,8 @@ class SlotPool:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def append(self, counts: Mapping[Extent, int]) -> Tensor:
-        """Returns `table`, and counts the new tokens as stored. The caller must then make the call
-        that stores them."""
+        """Returns the result of `table`, and counts the new tokens as stored. The caller must then
+        call the op that stores them."""
         table = self.table(counts)
         for extent, count in counts.items():
             self.advance(extent, count)
@@ -219,8 +226,8 @@ class SlotPool:
         return max(0, unused, unseen)
 
     def note_drafts(self, extent: Extent, count: int) -> None:
-        """Notes that `count` tokens are stored after the next token. They count as tokens of the
-        sequence only after `advance`. Until then later tokens may replace them."""
+        """Notes that `count` drafts are stored after the next token. A draft counts as a token of
+        the sequence only after `advance`. Until then another token may be stored in its place."""
         stored = extent.length + 1 + count
         extent.oldest = max(extent.oldest, stored - extent.capacity)
 
@@ -228,13 +235,13 @@ class SlotPool:
         """Whether an extent still holds everything that a token at position `length` sees.
 
         That token sees the positions from length - W + 1 on. If a later token has taken the slot of
-        one of these positions, the extent cannot be rewound.
+        one of these positions, the extent cannot be rewound to this length.
         """
         oldest_seen = max(0, length - self.window + 1) if self.window else 0
         return length <= extent.length and oldest_seen >= min(length, extent.oldest)
 
     def rewind(self, extent: Extent, length: int) -> None:
-        """Forgets all but the first `length` tokens. `can_rewind` must allow it."""
+        """Forgets all but the first `length` tokens. `can_rewind` must be true."""
         extent.length = length
         extent.oldest = min(extent.oldest, length)
 
@@ -264,8 +271,8 @@ class SlotPool:
 
 
 def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list[tuple[int, int]]]:
-    """Takes the lowest `count` consecutive free slots. Returns the index of the first, or None if
-    there are not so many, and the free ranges that are left."""
+    """Takes the lowest `count` consecutive free slots. Returns the index of the first of them, and
+    the free ranges that are left. The index is None if no range has so many slots."""
     for i, (first, available) in enumerate(free):
         if available >= count:
             rest = [(first + count, available - count)] if available > count else []
@@ -285,8 +292,8 @@ def _give_back(free: Sequence[tuple[int, int]], extent: Extent) -> list[tuple[in
 
 
 def _runs(begin: int, end: int, source: int, target: int) -> list[tuple[int, int, int]]:
-    """Divides the positions [begin, end) into runs (slot in the source, slot in the target, count).
-    There are as few runs as rings of `source` and `target` slots allow."""
+    """Divides the positions [begin, end) into runs (slot in the source, slot in the target, count),
+    which are consecutive in both rings. The rings have `source` and `target` slots."""
     runs = []
     while begin < end:
         from_slot, to_slot = begin % source, begin % target

@@ -1,7 +1,8 @@
-"""Guesses the next token from the state of a grammar: what was written in this state before?
+"""Guesses the next token from the state of a grammar. The guess is the token that the same text had
+when it was in this state before.
 
-Most grammars allow several ways to write white space and to end a value. A text mostly keeps the
-way in which it began.
+Most grammars allow several ways to write white space and to end a value. A text mostly keeps to the
+way that it chose first.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
-STATES = 3  # the most states that are compared: the current state and the states before it
-_MOST_RUN = 3  # longer runs count as this long
+STATES = 3  # the most states that are compared: the current state and the two before it
+# A run is the number of times in a row that the same token followed. Longer runs count as this.
+_MOST_RUN = 3
 
 
 class StateGuesses:
@@ -18,17 +20,18 @@ class StateGuesses:
 
     Args:
         ids: the tokens of the sequence, a list that grows.
-        states: the list `Matcher.states` of the completion, which grows with it.
+        states: the list `Matcher.states` of the completion. It grows with the completion.
     """
 
     def __init__(self, ids: List[int], states: List[int]) -> None:
         self._ids = ids
         self._states = states
-        self._begin = len(ids) - len(states) + 1  # the index of the first token that has to match
+        # The index of the first token that has to match the grammar.
+        self._begin = len(ids) - len(states) + 1
         self._noted = 0
-        # Last states -> (the token that followed the last time, how many times in a row it did).
-        # The number is 0 if another token followed the time before: a token that changes is content
-        # rather than form.
+        # Last states -> (the token that followed them the last time, its run). The run is 0 if
+        # another token followed the time before, because a token that changes is probably content,
+        # not form.
         self._after: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def update(self) -> None:
@@ -42,12 +45,12 @@ class StateGuesses:
         self._noted = len(self._states) - 1
 
     def guesses(self, states: List[int]) -> Iterator[tuple[int, int]]:
-        """Yields (kind, token) for tokens that may follow. Looks up the last states: first the last
-        `STATES`, then fewer, down to 1. There is a kind for each number of states and each number
-        of times in a row that the token followed.
+        """Yields (kind, token) for tokens that may follow. Looks up all of the given states first,
+        then the last ones of them, down to the current state alone. There is a kind for each number
+        of states and each run.
 
         Args:
-            states: the last states, at most `STATES`. The current state is the last.
+            states: the last states, at most `STATES`. The current state is the last of them.
         """
         for n in range(len(states), 0, -1):
             found = self._after.get(tuple(states[-n:]))

@@ -1,4 +1,4 @@
-"""The text of one completion, piece by piece as it is generated."""
+"""Gives the text of one completion, piece by piece as it is generated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from mistral_ext.text.tool_parser import ToolParser
 
 
 class Stream:
-    """Iterator over the text of one completion.
+    """An iterator over pieces of the text of one completion. It raises the error of a request that
+    fails.
 
     Args:
         outputs: the outputs of the engine for this completion alone.
@@ -18,7 +19,7 @@ class Stream:
 
     Attributes:
         token_ids: the tokens generated so far.
-        completion: the whole completion, or None until the iteration has ended.
+        completion: the whole completion. None: it has not ended.
     """
 
     def __init__(self, outputs: Outputs, parser: ToolParser | None = None) -> None:
@@ -41,7 +42,7 @@ class Stream:
         raise StopIteration
 
     def _text(self, output: Output) -> str:
-        """The text that an output adds."""
+        """Returns the text that an output adds, without tool calls."""
         if self._parser is None:
             return output.text
         pieces = list(self._parser.push(output.token_ids, output.text, output.is_last))

@@ -1,8 +1,8 @@
-"""The adapters of a model's linear layers. They are stacked, so that one pass serves several of
-them.
+"""The LoRA adapters of a model's linear layers. Adapters are stacked, so that one pass can serve
+sequences with different adapters.
 
-Each adapter has a slot, its index in the stacks. Each token of a pass names the slot of its
-adapter. So the adapter of a sequence is data, and a captured graph serves all adapters.
+Each adapter has a slot, which is its index in the stacks. A tensor names the slot of each token's
+adapter. So captured kernels need not be captured again for another adapter.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from mistral_ext import ops
 from mistral_ext.ops import LowRank
 
-# The groups of weights that are multiplied with the same input, by Mistral's names. The keys are
-# fields of `transformer.Layer`.
+# The groups of weights that are multiplied with the same input. The keys are fields of
+# `transformer.Layer`, the values Mistral's names of the weights.
 GROUPS = {
     "qkv": ("attention.wq", "attention.wk", "attention.wv"),
     "wo": ("attention.wo",),
@@ -28,18 +28,18 @@ GROUPS = {
 
 @dataclass
 class Stack:
-    """The adapters of one group of weights of one layer: the arguments of `ops.lora`."""
+    """The adapters of one group of weights in one layer. The fields are arguments of `ops.lora`."""
 
-    a: Tensor  # [slots, parts, max_rank, K]
+    a: Tensor  # [slots, parts, max_rank, K]; a part is a weight of the group
     b: Tensor  # [slots, max_rank, N]
     scales: Tensor  # [slots, parts]
     ranks: Tensor  # [slots, parts]
-    parts: Sequence[int]
+    parts: Sequence[int]  # the number of outputs of each weight of the group; N is their sum
 
     @classmethod
     def empty(cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor) -> Stack:
-        """Makes a stack without adapters, for weights of these shapes. It has the dtype and device
-        of `like`."""
+        """Makes a stack without adapters, for weights of these shapes [N, K], with the dtype and
+        device of `like`."""
         parts = [outputs for outputs, _ in shapes]
         _, inputs = shapes[0]
         zeros = torch.zeros(slots, len(parts), device=like.device)
@@ -60,28 +60,29 @@ class Stack:
         return self.a.nbytes + self.b.nbytes
 
     def take(self, other: Stack) -> None:
-        """Copies the adapters of `other`. `other` must not be larger than this stack."""
+        """Copies the adapters of `other`, which must not be larger than this stack."""
         self.a[: other.slots, :, : other.max_rank] = other.a
         self.b[: other.slots, : other.max_rank] = other.b
         self.scales[: other.slots] = other.scales
         self.ranks[: other.slots] = other.ranks
 
     def first(self, slots: int) -> Stack:
-        """Copies the first slots, with room for the largest rank among them."""
+        """Makes a stack with copies of the first `slots` slots. Its largest rank is the largest
+        rank of their adapters."""
         rank = int(self.ranks[:slots].max())
         a = self.a[:slots, :, :rank].clone(memory_format=torch.contiguous_format)
         b = self.b[:slots, :rank].clone(memory_format=torch.contiguous_format)
         return Stack(a, b, self.scales[:slots].clone(), self.ranks[:slots].clone(), self.parts)
 
     def move(self, slot: int, to: int) -> None:
-        """Moves the adapter of a slot to another slot."""
+        """Moves the adapter of `slot` to the slot `to`, and empties `slot`."""
         for tensor in (self.a, self.b, self.scales, self.ranks):
             tensor[to] = tensor[slot]
         self.ranks[slot] = 0
 
     def put(self, slot: int, updates: Sequence[LowRank | None]) -> None:
-        """Sets the adapter of a slot. `updates` has its update of each weight of the group, or
-        None."""
+        """Sets the adapter of a slot. `updates` has an element for each weight of the group: the
+        adapter's update, or None if the adapter does not change the weight."""
         columns = self.b[slot].split(list(self.parts), dim=1)
         for part, update in enumerate(updates):
             rank = 0
@@ -135,8 +136,8 @@ class Adapters:
     Attributes:
         layers: for each layer the stacks of `GROUPS`. A group has no stack before the first adapter
             that changes it.
-        generation: counts how often stacks were made or replaced. A graph that was captured before
-            may read memory that has been freed.
+        generation: a number that grows when stacks are made, replaced or removed. A graph that was
+            captured before that may read memory that has been freed.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Adapters:
     def nbytes(self) -> int:
         return sum(stack.nbytes for layer in self.layers for stack in layer.values())
 
-    @torch.inference_mode(False)  # the stacks outlive the call
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be changed outside of it
     @torch.no_grad()
     def put(self, slot: int, adapter: Mapping[str, LowRank]) -> None:
         """Sets the adapter of a slot.
@@ -171,7 +172,7 @@ class Adapters:
                     layer[group].put(slot, updates)
 
     def of_layer(self, layer: int, slots: Tensor | None) -> LayerAdapters:
-        """The adapters of a layer, for the tokens of a pass.
+        """Returns the adapters of a layer, for the tokens of a pass.
 
         Args:
             layer: the index of the layer.
@@ -181,8 +182,7 @@ class Adapters:
         return LayerAdapters({} if slots is None else self.layers[layer], slots)
 
     def reserve(self, slots: int) -> None:
-        """Gives stacks that are made from now on room for `slots` slots, so that they need not
-        grow."""
+        """Makes later stacks with room for at least `slots` slots, so that they need not grow."""
         self._slots = max(self._slots, slots)
 
     @torch.no_grad()

@@ -1,10 +1,12 @@
-"""The hyperparameters of a Mistral model, from the values of either of its two file formats.
+"""The hyperparameters of a Mistral model, from the values in either of two kinds of files.
+
+Hugging Face folders describe a model in ``config.json``, Mistral's own folders in ``params.json``.
+mistral_ext/weights/folder.py reads the files. The values of either file become a
+:class:`MistralConfig`, with Mistral's names. Known settings raise an error if they need arithmetic
+that this engine does not have (biases, experts, other kinds of RoPE).
 
 A Llama is a Mistral without a window, so ``model_type: llama`` is read too (TinyLlama, Llama 2 and
-3, SmolLM2). Hugging Face folders describe a model in ``config.json``, Mistral's own folders in
-``params.json``. mistral_ext/weights/folder.py reads the files. The values of both files become a
-:class:`MistralConfig`, with Mistral's names. Known settings raise an error if they need arithmetic
-that this model does not have (biases, experts, other kinds of RoPE).
+3, SmolLM2).
 """
 
 from __future__ import annotations
@@ -34,35 +36,40 @@ _HF_KEYS = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 _HF_DEFAULT_ROPE_THETA = 1e4
-# The names in transformers of models without output weights: they end with the last norm.
+# The values of "architectures" in config.json for models without an output matrix. Such a model
+# ends with the last norm.
 _EMBEDDING_MODELS = (["MistralModel"], ["LlamaModel"])
-# The defaults of transformers' LlamaConfig that differ. There n_kv_heads is n_heads by default.
+# The defaults of transformers' LlamaConfig that differ from those of MistralConfig. For None the
+# default is n_heads.
 _LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
-# Keys of params.json that have the same name as the field and no default.
+# Keys of params.json that have the name of the field. They have no default.
 _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
-# params.json does not contain these values. The three 7B releases agree on them.
+# params.json does not contain these values. They are the same in all three releases of the 7B.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 
-# The names of weights that a layer may have joined, to multiply them in one pass.
+# The names under which weights of a layer may be joined to one matrix, to multiply them in one
+# pass. {} stands for the index of the layer.
 JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
 JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 
-# A cache has room for at least this many tokens, unless a sequence cannot have so many.
+# By default a cache has room for at least this many tokens, unless all sequences together cannot
+# have so many.
 LEAST_CACHE_TOKENS = 4096
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class OverrideError(ValueError):
-    """A caller's value for a field is wrong, so the model's file is not at fault."""
+    """A value that the caller has given for a field is wrong. The model's file is not the cause."""
 
 
 class _FieldError(ValueError):
-    """The value of a field is wrong, by itself or beside the values of other fields."""
+    """The value of a field is wrong, by itself or together with the values of `others`, which are
+    names of other fields."""
 
     def __init__(self, field: str, value: object, expected: str, *others: str) -> None:
-        super().__init__(field, value, expected, *others)  # so that pickle can make it again
+        super().__init__(field, value, expected, *others)  # pickle needs all arguments
         self.fields = (field, *others)
         self.as_argument = f"{field} is {value!r}, expected {expected}"
 
@@ -85,20 +92,20 @@ class MistralConfig:
     vocab_size: int
     dim: int
     n_layers: int
-    n_heads: int  # query heads
-    n_kv_heads: int  # key/value heads; divides n_heads
+    n_heads: int  # the number of query heads
+    n_kv_heads: int  # the number of key/value heads, a divisor of n_heads
     head_dim: int  # even, for RoPE; n_heads * head_dim need not be dim
-    hidden_dim: int  # width of the feed-forward
+    hidden_dim: int  # the width of the feed-forward
     norm_eps: float
     rope_theta: float
-    sliding_window: int | None  # W: number of keys a query sees, itself included; None: all
-    max_positions: int  # positions the model was trained for; a limit only without a window
-    bos_id: int
-    eos_ids: tuple[int, ...]  # each id ends a text
-    dtype: torch.dtype | None = None  # the dtype in which the file says the weights are stored
-    tie_word_embeddings: bool = False  # True: without output weights the embeddings serve
-    rope_scaling: RopeScaling | None = None
-    writes_text: bool = True  # False: an embedding model, without output weights
+    sliding_window: int | None  # W, the number of keys that a query sees, with its own; None: all
+    max_positions: int  # how many positions the model was trained for; a limit only without window
+    bos_id: int  # the token that begins a text
+    eos_ids: tuple[int, ...]  # each of these tokens ends a text
+    dtype: torch.dtype | None = None  # in which the weights are stored; None: the file says nothing
+    tie_word_embeddings: bool = False  # True: if there is no output matrix, the embeddings serve
+    rope_scaling: RopeScaling | None = None  # None: RoPE is not scaled
+    writes_text: bool = True  # False: an embedding model, which has no output matrix
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_ids, (int, list)):  # files have one id or a list
@@ -156,23 +163,33 @@ class MistralConfig:
         return self.rope_scaling.attention_factor**2 / math.sqrt(self.head_dim)
 
     def cache_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of a token's keys and values in all layers."""
+        """Returns the number of bytes of a token's keys and values in all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
 
     def _check(self, name: str, valid: bool, expected: str, *others: str) -> None:
-        """Raises an error unless the value of a field is valid beside those of `others`."""
+        """Raises an error about the field `name` unless `valid`. `others` are further fields on
+        whose values this depends."""
         if not valid:
             raise _FieldError(name, getattr(self, name), expected, *others)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
-        """Read the contents of a Hugging Face ``config.json``, of any transformers version.
+        """Makes the configuration from the values of a Hugging Face ``config.json``, of any version
+        of transformers.
 
-        A key that is missing or null takes the default of transformers' ``MistralConfig``, or of
-        ``LlamaConfig`` for Llama models. This default is not always the value of Mistral 7B. There
-        are two exceptions: a ``sliding_window`` of null means that there is no window, and a
-        ``num_key_value_heads`` of null that there are as many as query heads. A Llama has no window
-        in any case.
+        For a key that is missing or null, the default of transformers' ``MistralConfig`` counts, or
+        that of ``LlamaConfig`` for Llama models. This default is not always the value of Mistral
+        7B. There are two exceptions. If ``sliding_window`` is null there is no window. If
+        ``num_key_value_heads`` is null there are as many as query heads. A Llama has no window in
+        any case.
+
+        Args:
+            values: the contents of the file.
+            overrides: the caller's values for fields, which replace those of the file.
+
+        Raises:
+            ValueError, TypeError: a value is wrong or not supported. The message names the key or
+                field.
         """
         _refuse_unless(values, "model_type", "mistral", "llama")
         is_llama = values["model_type"] == "llama"
@@ -206,7 +223,8 @@ class MistralConfig:
         return cls._build(fields, overrides)
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of a ``config.json`` that :meth:`from_hf` reads as this configuration."""
+        """Returns the contents of a ``config.json`` that :meth:`from_hf` reads as this
+        configuration."""
         values: dict[str, Any] = {
             "architectures": ["MistralForCausalLM"],
             "model_type": "mistral",
@@ -223,10 +241,13 @@ class MistralConfig:
 
     @classmethod
     def from_params(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
-        """Read the contents of Mistral's ``params.json``.
+        """Makes the configuration from the values of Mistral's ``params.json``.
 
-        The first release has no ``rope_theta``. It is 1e4 if there is a window, else 1e6. Some
-        files call the window ``_sliding_window``. The file has no positions and no token ids.
+        Without a ``rope_theta``, as in the first release, theta is 1e4 if there is a window, else
+        1e6. Some files call the window ``_sliding_window``. The file has no number of positions and
+        no token ids, so those of the 7B releases are taken.
+
+        Args, Raises: as in :meth:`from_hf`.
         """
         _refuse_unless(values, "model_type", "transformer", default="transformer")
         _refuse_if_set(values, "moe", "quantization", "vision_encoder", "yarn", "use_biases")
@@ -305,10 +326,10 @@ def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
 
 
 def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of scaled RoPE in a ``config.json``.
+    """Returns the settings of RoPE's scaling in a ``config.json``, or {} if there are none.
 
-    Newer versions of transformers have ``rope_theta`` and ``rope_scaling`` in one
-    ``rope_parameters``, so ``rope_theta`` may be among the settings.
+    Newer versions of transformers have one object ``rope_parameters`` in place of ``rope_scaling``
+    and ``rope_theta``. So ``rope_theta`` may be among the settings.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -320,8 +341,8 @@ def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(values: dict[str, Any]) -> torch.dtype | None:
-    """The dtype in which the weights are stored. Old versions of transformers call the key
-    ``torch_dtype``."""
+    """Returns the dtype in which the weights are stored, or None if the file does not say it. Old
+    versions of transformers call the key ``torch_dtype``."""
     name = values.get("dtype", values.get("torch_dtype"))
     if name is None:
         return None

@@ -14,10 +14,19 @@ def frequencies(
     device: torch.device | str = "cpu",
     scaling: RopeScaling | None = None,
 ) -> Tensor:
-    """Returns [D/2] float64, radians per position: theta^(-2i/D), the fastest first, then scaled.
+    """Returns the D/2 frequencies of RoPE, theta^(-2i/D) for i from 0 on, after scaling.
 
-    Other implementations round the frequencies to float32, which makes errors of up to 0.003 in the
+    Other implementations round the frequencies to float32. This makes errors of up to 0.003 in the
     angles at position 10^5.
+
+    Args:
+        theta: the base of the frequencies.
+        head_dim: D, the head dimension.
+        device: the device of the result.
+        scaling: changes the frequencies. None: they are not scaled.
+
+    Returns:
+        [D/2] float64, in radians per position.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 15.
     """

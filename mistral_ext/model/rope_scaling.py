@@ -1,9 +1,9 @@
-"""Scaled RoPE: changed frequencies, with which models read longer texts than in their first
+"""Changes the frequencies of RoPE, so that models can read longer texts than in their first
 training.
 
-The kinds are those of Hugging Face's `rope_scaling` (`rope_parameters` in newer files). They are
-computed as in transformers, but in float64. One more kind comes from GGUF files, which hold a
-divisor for each frequency.
+The kinds of scaling are those of Hugging Face's `rope_scaling` (`rope_parameters` in newer files).
+The frequencies are computed as in transformers, but in float64. One more kind comes from GGUF
+files, which hold a divisor for each frequency.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
-_FACTORS = "factors"  # our own name for the divisors in GGUF files
+_FACTORS = "factors"  # the name of the kind from GGUF files, and of its key; transformers has none
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Divides all frequencies by one factor, as if positions were closer together.
+    """Divides all frequencies by one factor. This has the effect of positions that are closer
+    together.
 
     Source: Chen et al. 2023, arXiv:2306.15595.
     """
@@ -37,16 +38,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Divides low frequencies by a factor, and keeps high frequencies. In between the divisor
-    changes smoothly.
+    """Divides low frequencies by a factor, and keeps high frequencies. Frequencies in between are a
+    linear mixture. Low and high are counted in turns: how many times the angle of a frequency goes
+    round in the original positions.
 
     Source: Llama 3.1, as implemented in transformers (`rope_type: llama3`).
     """
 
     factor: float
-    low: float  # a number of turns in the original positions: frequencies with fewer are divided
-    high: float  # a number of turns, too: frequencies with more are kept
-    original_positions: int
+    low: float  # frequencies with fewer turns are divided
+    high: float  # frequencies with more turns are kept
+    original_positions: int  # how many positions the first training had
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
         turns = self.original_positions * frequencies / (2 * math.pi)
@@ -65,18 +67,19 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Divides low frequencies, and keeps high frequencies. The dimensions in between are a linear
-    mixture. Queries and keys are both multiplied by `attention_factor`.
+    """Divides low frequencies by a factor, and keeps high frequencies. Frequencies in between are a
+    mixture, which is linear in the index of the frequency. Queries and keys are both multiplied by
+    `attention_factor`.
 
     Source: Peng et al. 2023, arXiv:2309.00071.
     """
 
     factor: float
-    original_positions: int
+    original_positions: int  # how many positions the first training had
     attention_factor: float
     beta_fast: float = 32  # frequencies with more turns in the original positions are kept
     beta_slow: float = 1  # frequencies with fewer turns are divided
-    truncate: bool = True  # the mixture begins and ends at whole dimensions
+    truncate: bool = True  # whether the mixture begins and ends at whole indices
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
         half = len(frequencies)
@@ -90,7 +93,8 @@ class Yarn:
         return torch.lerp(frequencies, frequencies / self.factor, divided)
 
     def _dimension(self, turns: float, half: int, theta: float) -> float:
-        """Returns the dimension whose frequency makes this many turns in the original positions."""
+        """Returns the index, not rounded, of the frequency that makes this many turns in the
+        original positions."""
         positions = self.original_positions / (turns * 2 * math.pi)
         return half * math.log(positions) / math.log(theta)
 
@@ -108,9 +112,9 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Factors:
-    """Divides each frequency by its own factor: `rope_freqs.weight` of GGUF files."""
+    """Divides each frequency by a factor of its own, as `rope_freqs.weight` of GGUF files does."""
 
-    factors: tuple[float, ...]  # D/2
+    factors: tuple[float, ...]  # D/2 factors
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
         return frequencies / torch.tensor(self.factors, dtype=torch.float64).to(frequencies.device)
@@ -126,12 +130,13 @@ def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | N
     """Reads `rope_scaling` or `rope_parameters` of a ``config.json``. Returns None if RoPE is not
     scaled.
 
-    Dynamic scaling counts as no scaling: it begins after `max_positions`, where the engine ends.
+    Dynamic scaling counts as no scaling. It changes only texts longer than `max_positions`, which
+    the engine does not allow.
 
     Args:
         rope: the object with the settings.
-        max_positions: the most positions of the model. If `rope` has no original positions, this is
-            also their number.
+        max_positions: the most positions of the model. It is also the number of original positions,
+            if `rope` does not have that number.
 
     Raises:
         ValueError: the kind is not supported, or a number is missing or impossible.
@@ -169,7 +174,7 @@ def _yarn(rope: dict[str, Any], original: int) -> Yarn:
         factor,
         original,
         _number(rope, "attention_factor", default),
-        # transformers treats a zero as the default, too.
+        # transformers takes the default not only for a missing number, but also for 0.
         _number(rope, "beta_fast", 32) if rope.get("beta_fast") else 32,
         _number(rope, "beta_slow", 1) if rope.get("beta_slow") else 1,
         bool(rope.get("truncate", True)),

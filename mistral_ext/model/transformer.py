@@ -1,7 +1,8 @@
 """The Mistral transformer, from embeddings to logits.
 
-Shape letters: T new tokens of all sequences of a call, packed; E model dimension; F hidden
-dimension; Hq query and Hkv key/value heads; D head dimension; V vocabulary.
+Shape letters: T new tokens of all sequences of a call, packed one after another; E model dimension;
+F hidden dimension of the feed-forward; Hq query heads; Hkv key/value heads; D head dimension; V
+vocabulary size; R rows of a layer's key or value pool; N tokens for which logits are computed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mistral_ext.ops import JoinedWeight, Weight, Weights
 
 
 class Cache(Protocol):
-    """The memory of keys (`k`) and values (`v`): a pool [R, D] for each layer."""
+    """The memory of keys (`k`) and values (`v`), with a pool [R, D] for each layer."""
 
     k: list[Tensor]
     v: list[Tensor]
@@ -36,7 +37,7 @@ class Layer:
     wo: Weight  # [E, Hq * D]
     ffn_norm: Tensor  # [E]
     gate_up: Weights  # w1 [F, E], w3 [F, E]
-    w2: Weight  # [E, F], down
+    w2: Weight  # [E, F]
 
 
 class Transformer:
@@ -44,12 +45,11 @@ class Transformer:
 
     Args:
         config: the shapes and constants of the model.
-        weights: the result of `checkpoint.load_weights`. The tensors are not copied. Matrices may
-            be `Quantized`.
+        weights: the result of `weights.checkpoint.load_weights`. The tensors are not copied.
+            Matrices may be `Quantized`.
 
     Attributes:
-        adapters: the adapters that a pass may add to the weights of the layers. At first there are
-            no adapters.
+        adapters: the LoRA adapters that tokens of a pass may use. At first there are no adapters.
     """
 
     def __init__(self, config: MistralConfig, weights: Mapping[str, Weight | JoinedWeight]):
@@ -78,13 +78,14 @@ class Transformer:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the weights and adapters. Embeddings that are also the output count once."""
+        """The bytes of the weights and adapters. A matrix that serves as embeddings and as output
+        matrix counts once."""
         weights = self.embeddings, self.norm, self.output, *self.weights_of_layers()
         each = {id(weight): weight for weight in weights}.values()
         return self.adapters.nbytes + sum(weight.nbytes for weight in each)
 
     def weights_of_layers(self) -> list[Weight | JoinedWeight]:
-        """All weights of the layers, layer by layer."""
+        """Returns all weights of the layers, layer by layer."""
         weights: list[Weight | JoinedWeight] = []
         for layer in self.layers:
             for weight in vars(layer).values():
@@ -130,22 +131,23 @@ class Transformer:
         layers: range | None = None,
         h: Tensor | None = None,
     ) -> Tensor:
-        """The part of `forward` before the logits, with tensors on the model's device. It does not
+        """Runs new tokens through some or all layers, without computing logits. The call does not
         wait for the device.
 
         Args:
-            token_ids: as in `forward`, but on the model's device.
+            token_ids, sequences, rows: as in `forward`, but on the model's device.
+            cache: as in `forward`.
             max_count: an upper bound of the number of new tokens of any sequence.
             adapters: [T] int32, the slot of each token's adapter in the attribute `adapters`, or -1
                 for a token without an adapter. None: no token has an adapter. The bits of a token
                 without an adapter do not depend on the adapters of other tokens.
             layers: the layers to run. None: all layers.
             h: [T, E], the result of the call for the previous layers. This call changes it. None:
-                begin with the embeddings of `token_ids`.
+                the call begins with the embeddings of `token_ids`.
 
         Returns:
-            [N, E], the residual stream, for `logits` or `greedy`. If the last of `layers` is not
-            the last layer of the model, it is [T, E].
+            The residual stream. After the last layer of the model this is [N, E], for `logits`,
+            `greedy` or `hidden`. After another layer it is [T, E].
         """
         config = self.config
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
@@ -158,7 +160,7 @@ class Transformer:
             rings = cache.k[i], cache.v[i], sequences
             rotated = *rings, self.frequencies, window
             adapted = self.adapters.of_layer(i, adapters)
-            if "qkv" in adapted:  # these adapters are added before RoPE
+            if "qkv" in adapted:  # adapters are added before RoPE, which is then an op of its own
                 x = ops.rms_norm(h, layer.attention_norm, eps)
                 qkv = ops.linear(x, layer.qkv)
                 adapted.add("qkv", x, qkv)
@@ -170,10 +172,10 @@ class Transformer:
                 ops.rope(q, k, v, *rotated)
             x = ops.attention(q, k, v, *rings, window, scale, max_count)  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
-                # From here on tokens do not see each other, so tokens without logits are left out.
+                # From here on no token sees another one, so tokens without logits are left out.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
                 adapted = adapted.of_tokens(rows)
-                if not len(rows):  # only pieces of unfinished prompts; their keys are stored
+                if not len(rows):  # no token needs logits, and all keys and values are stored
                     return h
             x = x.flatten(1)
             adapted.add("wo", x, h)
@@ -188,8 +190,8 @@ class Transformer:
         if "gate_up" not in adapted:
             return ops.linear_swiglu(h, layer.gate_up, layer.ffn_norm, eps)
         x = ops.rms_norm(h, layer.ffn_norm, eps)
-        # The initial value is -0.0, because adding -0.0 changes no number of a token without an
-        # adapter.
+        # Tokens without an adapter keep the initial value -0.0. Adding it changes no number, not
+        # even the sign of a zero.
         added = x.new_full((len(x), 2 * self.config.hidden_dim), -0.0, dtype=torch.float32)
         adapted.add("gate_up", x, added)
         return ops.linear_swiglu(x, layer.gate_up, added=added)
@@ -200,18 +202,20 @@ class Transformer:
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
-        """Returns the logits [N, V] fp32 of rows of the residual stream."""
+        """Returns the logits [N, V] fp32 of rows [N, E] of the residual stream."""
         return ops.linear(h, self.output, self.norm, self.config.norm_eps).float()
 
     @torch.inference_mode()
     def hidden(self, h: Tensor) -> Tensor:
-        """Returns [N, E] fp32, the hidden states after the last norm."""
+        """Returns the hidden states [N, E] fp32 after the last norm, of rows [N, E] of the residual
+        stream."""
         return ops.rms_norm(h, self.norm, self.config.norm_eps).float()
 
     @torch.inference_mode()
     def greedy(self, h: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """Returns [N, V] logits in the model's dtype, and [N] token ids of the largest of the first
-        `vocab_size` logits. An id is -1 as in `ops.linear_argmax`."""
+        """Returns the logits [N, V] in the model's dtype, and for each row the id of the largest of
+        the first `vocab_size` logits, [N]. An id is -1 if no token can be chosen (see
+        `ops.linear_argmax`)."""
         return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)
 
 
@@ -232,15 +236,15 @@ def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
 
 def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
     weight = weights[name]
-    assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has its own name
+    assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has another name
     return weight
 
 
 def _together(
     weights: Mapping[str, Weight | JoinedWeight], joined: str, prefix: str, *names: str
 ) -> Weights:
-    """Returns the weights that are multiplied in one pass: as a `JoinedWeight` if they are joined,
-    else as separate weights."""
+    """Returns weights that are multiplied in one pass. The result is a `JoinedWeight` if `weights`
+    has one under the name `joined`, else a list of separate weights."""
     whole = weights.get(joined)
     if isinstance(whole, JoinedWeight):
         return whole

@@ -1,14 +1,15 @@
 """The kernels as functions on torch tensors, and as `torch.ops.mistral_ext.*`.
 
-Gradients: `rms_norm` without a residual, `rotate`, `attention` without pools, `linear`, `swiglu`,
-`lora` without `out` and `linear_cross_entropy` have gradients for activations and adapters, but not
-for weights. If torch records gradients, any other argument that requires a gradient raises
-RuntimeError. docs/kernels.md says how gradients are computed.
+These ops have gradients for activations and adapters, but not for weights: `rms_norm` without a
+residual, `rotate`, `attention` without pools, `linear`, `swiglu`, `lora` without `out`, and
+`linear_cross_entropy`. While torch records gradients, any other argument that requires a gradient
+raises RuntimeError. docs/kernels.md says how gradients are computed.
 
-Tensors are float32, bfloat16 or float16. All tensors of a call have the same dtype, unless the op
-says otherwise. Kernels accumulate in float32 (for exceptions see `linear`; `sample` computes in
-float64 and in integers). The last axis of an argument must have stride 1, and weights, pools and
-tables must be contiguous. Other strides are free: q, k and v may be slices of one matrix.
+Activations and plain weights are float32, bfloat16 or float16. In a call all of them have the same
+dtype, unless the op says otherwise. Kernels accumulate in float32 (for exceptions see `linear`;
+`sample` computes in float64 and in integers). The last axis of an argument must have stride 1, and
+weights, pools and tables must be contiguous. Other strides are free. For example, q, k and v may be
+slices of one matrix.
 
 Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices). The
 message names the op, the argument, its value and what was expected. An argument that is not a
@@ -21,22 +22,24 @@ dimension, a multiple of 32 up to 256; R rows of a layer's key or value pool.
 The *sequence table*, int64 [S, 5], says for each sequence which tokens the call adds and where its
 ring is. `mistral_ext.engine.slots.SlotPool` makes the table, and csrc/ring.h defines it:
 
-    first_token  index of its first new token among the T
-    count        number of its new tokens: 1 in decode, more for a prompt chunk, 0 if idle
-    position     absolute position of its first new token
-    ring_row     first row of its ring in the pools
-    capacity     C, slots of its ring: at least the window, or else room for all of the sequence
+    first_token  the index of the sequence's first new token among the T
+    count        the number of its new tokens: 1 in a decode step, more for a chunk of a prompt, 0
+                 if it has none
+    position     the position of its first new token in the sequence
+    ring_row     the first row of its ring in the pools
+    capacity     C, the number of slots of its ring: at least the window, or else enough for all
+                 tokens of the sequence
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
 
 A sequence may also have several consecutive rows of the table. Each row then has one new token, and
 the positions of these tokens are consecutive. The rows share the ring of the sequence, and on the
 CPU each token gets the same bits as in a call of its own. All new tokens of the sequence are stored
-before attention. So C must be at least the length of the sequence, or the window and one more for
-each row after the first.
+before attention. So C must be at least the length of the sequence, or the window plus the number of
+rows after the first.
 
-The values in a table, and the ids of tokens, are checked only on the CPU: reading them from a GPU
-would make a call wait.
+The values in a table and the ids of tokens are checked only on the CPU. On a GPU, a call would have
+to wait to read them.
 """
 
 from mistral_ext.ops.attention import attention

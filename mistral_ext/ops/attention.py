@@ -23,15 +23,16 @@ def attention(
     scale: float | None = None,
     max_count: int | None = None,
 ) -> Tensor:
-    """Causal sliding-window grouped-query attention of a ragged batch over ring caches.
+    """Computes causal sliding-window grouped-query attention of a ragged batch over ring caches.
 
-    The query at position p attends to positions p - W + 1 to p. The keys and values of the chunk
-    are in k and v, those of earlier positions in the ring of the sequence. Query head h reads
-    key/value head h * Hkv // Hq. At the end the op appends to the rings the tokens that `rope` did
-    not append.
+    The query at position p attends to positions p - W + 1 to p. The keys and values of the new
+    tokens are in k and v, those of earlier positions are in the ring of the sequence. Query head h
+    reads key/value head h * Hkv // Hq. At the end the op appends to the rings the new tokens that
+    `rope` did not append.
 
     Without pools the sequences are whole: each begins in this call, and the position, ring and
-    capacity in the table are not used. Only then does the op have a gradient, for q, k and v.
+    capacity in the table are not used. Only without pools does the op have a gradient, for q, k and
+    v.
 
     Args:
         q: [T, Hq, D], rotated.
@@ -41,7 +42,7 @@ def attention(
         sequences: [S, 5] int64, the sequence table.
         window: W, the number of keys that a query sees, including its own key. None: a query sees
             all keys up to its own.
-        scale: the factor of the scores, more than 0 on a CUDA device. None: 1 / sqrt(D).
+        scale: the factor of the scores. It must be more than 0 on a CUDA device. None: 1 / sqrt(D).
         max_count: an upper bound of the number of new tokens of any sequence. It saves a launch on
             CUDA devices when all sequences decode. None: the bound is not known.
 
@@ -105,7 +106,8 @@ def _run_whole(
     is_table = sequences.ndim == 2 and sequences.shape[1] == 5
     _expect("sequences", sequences, is_table, "[S, 5]")
     kv_heads, dim = k.shape[1:]
-    # The kernel needs rings. It does not touch a ring that is longer than its sequence.
+    # The kernel needs rings, but it neither reads nor writes a ring that is longer than the
+    # sequence. So the pool stays as it is allocated.
     table = sequences.clone()
     number = torch.arange(len(table), device=table.device)
     table[:, 2] = 0
@@ -120,8 +122,8 @@ def _run_whole(
 
 
 def _expect(name: str, tensor: Tensor, is_valid: bool, shape: str) -> None:
-    """Raises ValueError if a tensor has no valid shape. `_run_whole` reads sizes before the kernel
-    checks shapes, so it calls this function first."""
+    """Raises ValueError if `is_valid` is False. `_run_whole` needs this check, because it uses
+    sizes before the kernel checks shapes."""
     if not is_valid:
         raise ValueError(f"attention: {name} has shape {list(tensor.shape)}, expected {shape}")
 

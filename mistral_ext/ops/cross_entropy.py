@@ -1,4 +1,4 @@
-"""The loss of a language model, from hidden states, in chunks of tokens."""
+"""Computes the loss of a language model from hidden states, in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from mistral_ext.ops.weight import Parts, Weight, in_order, parts_of
 from mistral_ext.ops.workspace import execution_target, run
 
 IGNORED = -100  # the target of a token without loss, as in torch
-# The number of tokens whose logits exist at a time. It is small enough for memory, and large enough
-# that unpacking the weight is a small part of a product.
+# The most tokens whose logits exist at a time. The number is small enough that the logits fit into
+# memory, and large enough that unpacking the weight takes a small part of a product's time.
 _CHUNK = 512
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Weight, targets: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The cross entropy of the logits x @ weight.T, with at most 512 rows of logits in memory.
+    """Computes the cross entropy of the logits x @ weight.T, with at most 512 rows of logits in
+    memory.
 
     The op has a gradient for x, which it computes together with the loss. Logits and their
-    gradients have the dtype of x, sums are in fp32. Ignored tokens have no logits. Products do not
-    round x to 8 bits. A call on a CUDA device waits for the device.
+    gradients have the dtype of x, sums are in fp32. No logits are computed for ignored tokens.
+    Products do not round x to 8 bits, whatever `set_exact_products` says. A call on a CUDA device
+    waits for the device.
 
     Args:
         x: [T, K].
@@ -36,9 +38,9 @@ def linear_cross_entropy(
             The factors of ignored tokens are not used.
 
     Returns:
-        ([] float32, the sum of the losses, [T] float32, the loss of each token). Only the sum has a
-        gradient. The losses of tokens are not multiplied by their factors. The loss of an ignored
-        token is 0.
+        Two float32 tensors: [], the sum of the losses times their factors, and [T], the loss of
+        each token without its factor. Only the sum has a gradient. The loss of an ignored token is
+        0.
 
     Raises:
         ValueError: a target is not the index of a logit. On CUDA devices the loss of such a token
@@ -71,7 +73,7 @@ def _run(
     d_x = x.new_zeros(x.shape if with_gradient else (0, x.shape[1]))
     if weights is None:
         factors = torch.ones_like(losses)
-    else:  # ignored tokens may have weights that are not finite
+    else:  # the factor of an ignored token may be NaN or infinite, which would spoil the sum
         factors = weights.masked_fill(targets == IGNORED, 0)
     for rows in (targets != IGNORED).nonzero().flatten().split(_CHUNK):
         chunk = _Chunk(x.index_select(0, rows), parts)
@@ -93,7 +95,7 @@ def _expect(x: Tensor, table: Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 class _Chunk:
-    """The logits of some tokens. Later their gradients are in the same memory."""
+    """The logits of some tokens. `losses` may overwrite them with their gradients."""
 
     def __init__(self, x: Tensor, parts: Parts) -> None:
         self._parts = parts
@@ -105,15 +107,15 @@ class _Chunk:
         run(_C.linear("linear_cross_entropy", *given, None, True), x)
 
     def losses(self, targets: Tensor, factors: Tensor | None) -> Tensor:
-        """Returns the losses [T]. If factors [T] are given, overwrites the logits with their
-        gradients, times the factors."""
+        """Returns the losses [T]. If factors [T] are given, also overwrites the logits with their
+        gradients times the factors."""
         losses = self._logits.new_empty(len(targets), dtype=torch.float32)
         target = execution_target(losses)
         _C.cross_entropy(self._logits, targets, factors, losses, target)
         return losses
 
     def gradient(self) -> Tensor:
-        """Returns the gradient [T, K] of x."""
+        """Returns the gradient [T, K] of x. `losses` must have been called with factors before."""
         gradient: Tensor = torch.ops.mistral_ext.linear_backward(self._logits, *self._parts)
         return gradient
 
@@ -141,7 +143,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():  # torch would treat d_x as a constant
+    if torch.is_grad_enabled():  # create_graph=True, for which torch would take d_x as a constant
         raise RuntimeError(
             "linear_cross_entropy: its gradient has no gradient: call backward without create_graph"
         )

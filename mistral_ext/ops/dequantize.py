@@ -1,7 +1,7 @@
-"""Unpacks the values and scales of quantised weights: csrc/formats.h in torch.
+"""Unpacks the values and scales of quantised weights with torch. csrc/formats.h has the formulas.
 
-Products are computed in fp32, in the same order as in ggml. So a weight from a GGUF file has
-exactly the numbers that ggml computes from its blocks.
+The products of values and scales are computed in fp32, in the same order as in ggml. So a weight
+from a GGUF file has exactly the numbers that ggml computes from its blocks.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-VALUES_PER_WORD = 8  # 4-bit values in an int32
+VALUES_PER_WORD = 8  # the number of 4-bit values in an int32
 # Value i of a word begins at bit 4 * (i // 2) + 16 * (i % 2). A shift by 4 j and the mask
 # 0x000f000f therefore give values 2 j and 2 j + 1, one in each half of the word.
 _SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device="cpu")
 
-SUPER_BLOCK = 256  # the values that share the scales of q4_k, q5_k, q6_k and iq4_xs
-_BLOCKS = 8  # blocks of 32 values in a super-block
+SUPER_BLOCK = 256  # the number of values that share scales in q4_k, q5_k, q6_k and iq4_xs
+_BLOCKS = 8  # the number of blocks of 32 values in a super-block
 
-# The values of iq4_nl and iq4_xs: kTable4 of csrc/formats.h.
+# The table from which iq4_nl and iq4_xs take their values (kTable4 of csrc/formats.h).
 TABLE = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
     dtype=torch.float32,
@@ -29,8 +29,8 @@ TABLE = torch.tensor(
 
 def pack(values: Tensor, out: Tensor) -> None:
     """Packs [N, K] integers, -8 to 7 or 0 to 15, of any dtype, into [N, K / 8] words."""
-    # Arithmetic on bytes is several times as fast as on words. A word has 2 pairs of bytes. Value 4
-    # i + 2 j + k of its 8 values is nibble j of byte 2 k + i.
+    # Arithmetic on bytes is several times as fast as on words. Value 4 i + 2 j + k of a word (i, j
+    # and k are 0 or 1) is nibble j of byte 2 k + i.
     nibbles = values.to(torch.int8).view(torch.uint8).unflatten(1, (-1, 2, 2, 2)) & 15
     low, high = nibbles.unbind(3)  # [N, K / 8, i, k]
     packed = (low | high << 4).transpose(2, 3)
@@ -48,7 +48,8 @@ def unpack_unsigned(words: Tensor) -> Tensor:
 
 
 def unpack_wide(words: Tensor, bits: int) -> Tensor:
-    """Unpacks "q5_k" (5 bits) or "q6_k" (6 bits): [N, bits K / 32] words into [N, K] int32."""
+    """Unpacks the values of "q5_k" (bits = 5) or "q6_k" (bits = 6), [N, bits * K / 32] words, into
+    [N, K] int32."""
     of_block = SUPER_BLOCK // VALUES_PER_WORD
     rows = words.unflatten(1, (-1, bits * SUPER_BLOCK // 32))
     low = unpack_unsigned(rows[..., :of_block].flatten(0, 1)).view(*rows.shape[:2], SUPER_BLOCK)
@@ -60,8 +61,8 @@ def unpack_wide(words: Tensor, bits: int) -> Tensor:
 
 
 def _further_shifts(bits: int, device: torch.device) -> Tensor:
-    """The shifts that bring the further bits of values to bit 4. The shape is [further words of a
-    block, values that share such a word]."""
+    """Returns the shifts that bring a value's further bits (those after the low 4) to bit 0 of a
+    word. The shape is [further words of a block of 32 values, values that share such a word]."""
     per_value = bits - 4
     word = torch.arange(4, dtype=torch.int32, device="cpu").unsqueeze(1)
     within = _SHIFTS % 8 // 4 * per_value
@@ -76,9 +77,10 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Unpacks the scales and minima of "q4_k" and "q5_k", [..., 8] each and 0 to 63, from 12 bytes
     [..., 12].
 
-    Bytes 0 to 3 belong to scales and bytes 4 to 7 to minima. Their low 6 bits hold the first four
-    scales or minima. Their high 2 bits are the high bits of the last four scales or minima, whose
-    low 4 bits are in bytes 8 to 11."""
+    Bytes 0 to 3 hold the first four scales in their low 6 bits, and bytes 4 to 7 the first four
+    minima. Bytes 8 to 11 hold the low 4 bits of the last four scales and, in their high halves, of
+    the last four minima. The high 2 bits of the last scales are the high 2 bits of bytes 0 to 3,
+    those of the last minima the high 2 bits of bytes 4 to 7."""
     first_scales, first_minima, low = torch.split(packed, 4, dim=-1)
     last_scales = low & 15 | (first_scales >> 6) << 4
     last_minima = low >> 4 | (first_minima >> 6) << 4
@@ -95,10 +97,12 @@ def halves(data: Tensor, begin: int) -> Tensor:
 
 
 def scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
-    """Computes scale * value - minimum: [N, K] fp32. `scales` and `minima` are [N, groups, ...]:
-    each group has a scale and a minimum.
+    """Returns scale * value - minimum, [N, K] fp32.
 
-    `values` [N, K] may have any dtype. If they are fp32 they are overwritten.
+    Args:
+        values: [N, K], of any dtype. If they are fp32 they are overwritten.
+        scales: [N, ...], with a scale for each group of neighbours in a row.
+        minima: [N, ...], with a minimum for each group. None: nothing is subtracted.
     """
     factors = scales.flatten(1)
     groups: Tensor = values.float().unflatten(1, (factors.shape[1], -1))
@@ -148,7 +152,8 @@ def _q6_k(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def looked_up(indices: Tensor) -> Tensor:
-    """The values of iq4_nl and iq4_xs in fp32, by indices from 0 to 15 of any shape and dtype."""
+    """Returns the values of iq4_nl and iq4_xs in fp32, given their indices in the table (0 to 15),
+    of any shape and dtype."""
     return TABLE.to(indices.device).index_select(0, indices.flatten().int()).view(indices.shape)
 
 

@@ -1,4 +1,4 @@
-"""The embeddings of tokens."""
+"""Reads the embeddings of tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def embedding(token_ids: Tensor, weight: Weight, dtype: torch.dtype | None = Non
     same rows of `weight.dequantize(dtype)`; only a zero may have the other sign.
 
     Args:
-        token_ids: [T] int64, contiguous. Each must be the number of a row. On the CPU another
+        token_ids: [T] int64, contiguous. Each must be the number of a row. On the CPU any other
             number raises ValueError. On a GPU it gives a row of NaN, because the call would have to
-            wait to read it back.
-        weight: [V, E], plain or `Quantized`. A quantised weight on a CUDA device must have an E
-            that is a multiple of 8.
-        dtype: of the result. A plain weight must have this dtype. None: the dtype of a plain
-            weight, and float32 for a quantised one.
+            wait for the GPU to raise an error.
+        weight: [V, E], plain or `Quantized`. For a quantised weight on a CUDA device, E must be a
+            multiple of 8.
+        dtype: the dtype of the result. A plain weight must have this dtype. None: the dtype of a
+            plain weight, or float32 for a quantised weight.
 
     Returns:
         [T, E].

@@ -6,17 +6,17 @@ from mistral_ext import _C
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that the CPU kernels can use on this machine, from slowest to
-    fastest."""
+    """Returns the instruction sets that the CPU kernels can use on this machine, the slowest
+    first."""
     return _C.supported_isas()
 
 
 def active_isa() -> str:
-    """The instruction set that the CPU kernels use.
+    """Returns the instruction set that the CPU kernels use.
 
-    It is the set that `select_isa` or MISTRAL_EXT_ISA names, else the fastest set. If the
-    environment variable names an instruction set that this machine lacks, this function,
-    `select_isa` and the ops on the CPU that depend on the set raise ValueError.
+    It is the set that `select_isa` or the environment variable MISTRAL_EXT_ISA has named, else the
+    fastest set. If the variable names a set that this machine lacks, this function, `select_isa`
+    and the ops on the CPU that depend on the set raise ValueError.
     """
     return _C.active_isa()
 
@@ -28,8 +28,8 @@ def select_isa(name: str) -> None:
 
 
 def exact_products() -> bool:
-    """Whether products are exact. This is the value given to `set_exact_products`, or before its
-    first call that of the environment variable MISTRAL_EXT_EXACT."""
+    """Whether products keep the precision of activations (see `set_exact_products`). Before the
+    first call of that function, the environment variable MISTRAL_EXT_EXACT decides."""
     return _C.exact_products()
 
 
@@ -40,16 +40,16 @@ def set_exact_products(exact: bool) -> None:
     products on from the start.
 
     Args:
-        exact: True: activations keep their precision, as in `linear`. False, the default: each
-            block of 32 activations is rounded to 8 bits. Up to 8 tokens are then up to several
-            times as fast. More tokens are up to 1.9 times as fast, but with some formats and CPUs
-            they are not rounded (see `linear`).
+        exact: True: activations keep their precision. False, the default: each block of 32
+            activations is rounded to 8 bits, which makes products of up to 8 tokens up to several
+            times as fast. Products of more tokens are up to 1.9 times as fast, but with some
+            formats and CPUs their activations are not rounded (see `linear`).
     """
     _C.set_exact_products(exact)
 
 
 def head_dims(device_type: str) -> list[int]:
-    """The head dimensions that all ops support on a "cpu" or "cuda" device. The list is empty if
-    this build has no kernels for the device."""
+    """Returns the head dimensions that all ops support on a device of the type "cpu" or "cuda". The
+    list is empty if this build has no kernels for such devices."""
     has_kernels = device_type != "cuda" or _C.cuda_architectures is not None
     return _C.head_dims(device_type) if has_kernels else []

@@ -13,11 +13,11 @@ _DEVICES = ("cpu", "cuda")
 
 
 class Gradient(NamedTuple):
-    """How to differentiate an op: see torch.library.register_autograd."""
+    """How to differentiate an op (see `torch.library.register_autograd`)."""
 
     of: tuple[str, ...]  # the arguments that may require a gradient
     save: Callable[[Any, tuple[Any, ...], Any], None]  # takes ctx, the arguments and the result
-    backward: Callable[..., Any]
+    backward: Callable[..., Any]  # takes ctx and the gradients of the result
 
 
 def register(
@@ -50,8 +50,8 @@ def register(
         gradient.save(ctx, inputs, output)
 
     def backward(ctx: Any, *d_out: Any) -> tuple[Any, ...]:
-        # Torch leaves out arguments that have their default values. So `given` must be cut to the
-        # number of arguments that torch passed.
+        # Torch leaves out arguments at the end that have their default values. The number of
+        # gradients must be the number of arguments that are left.
         given: tuple[Any, ...] = gradient.backward(ctx, *d_out)[: len(ctx.needs_input_grad)]
         return given
 
@@ -68,13 +68,13 @@ def _find(name: str) -> torch._ops.OpOverload:
 
 
 def _guard(name: str) -> Callable[..., Any]:
-    """Makes an implementation of an op without a gradient. Torch calls it outside inference mode.
+    """Makes the function that torch calls outside inference mode for an op without a gradient.
 
-    While torch records gradients, the implementation refuses arguments that require a gradient.
-    Otherwise `backward` would leave out this op's gradient, for some ops without a warning.
+    While torch records gradients, the function refuses arguments that require a gradient. Otherwise
+    `backward` would leave out this op's gradient, for some ops without a warning.
 
-    The implementation also tells torch which tensors the op has changed in place. Otherwise
-    operations whose gradients need the old values of those tensors would compute wrong gradients.
+    The function also tells torch which tensors the op has changed in place. Otherwise operations
+    whose gradients need the old values of those tensors would compute wrong gradients.
     """
 
     def run(*arguments: Any) -> Any:
@@ -109,17 +109,18 @@ def _refuse_gradients(
 
 
 def with_rows(gradient: Tensor) -> Tensor:
-    """Returns a gradient that torch made with a last axis of stride 1, which kernels need."""
+    """Returns a gradient that torch has made, or a contiguous copy if its last axis does not have
+    stride 1. Kernels need that stride."""
     if gradient.stride(-1) == 1:
         return gradient
     return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def fake_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Makes the result of a fake: an empty tensor with the device (and by default the dtype) of
-    `like`.
+    """Makes the result of a fake implementation: an empty tensor with the device of `like`. If
+    `dtype` is None it also has the dtype of `like`.
 
-    `like.new_empty` would not do. If `like` is a constant, such as `torch.tensor([0])`,
-    torch.compile treats the new tensor as a constant too, whose value is its uninitialised memory.
+    `like.new_empty` would be wrong here. If `like` is a constant, such as `torch.tensor([0])`,
+    torch.compile treats the new tensor as a constant too, with its uninitialised memory as value.
     """
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

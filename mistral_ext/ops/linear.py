@@ -1,4 +1,4 @@
-"""Products with weights, fused with the operations before and after them in the model."""
+"""Products with weights, fused with the operations before and after the product in the model."""
 
 from __future__ import annotations
 
@@ -24,35 +24,38 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
+    """Computes x @ weight.T, a linear layer without bias, after an optional RMSNorm of x.
 
-    A product of few tokens takes as long as reading the weights (gemv kernels). In such products
-    the result of a token has the same bits whatever the number of tokens in the call. This holds
-    for up to 8 tokens, for any number of tokens that are rounded to 8 bits (see below), and on CUDA
-    devices for up to 64 tokens of bfloat16 or float16.
+    A product of few tokens takes as long as reading the weights. Special kernels (gemv) compute it.
+    In such products the result of a token has the same bits whatever the number of tokens in the
+    call. This holds for up to 8 tokens, for any number of tokens if x is rounded to 8 bits (see
+    below), and on CUDA devices for up to 64 tokens of bfloat16 or float16.
 
-    Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. CPUs
-    with AVX2 or NEON make exceptions. For "int8" and "q8_0", up to 8 tokens of bfloat16 or float16
-    are rounded to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For
-    formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
-    magnitude of 32 neighbours, unless `set_exact_products` forbids it. More than 8 tokens are not
-    rounded to 8 bits for "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 on CPUs with
-    AMX. (With AVX-512, "int4" uses kernels in 16-bit integers or bfloat16 instead.) With "int8" K
-    is at most 2^20.
+    Quantised weights are unpacked as they are read, and multiplied in the precision of x. CPUs with
+    AVX2 or NEON make exceptions:
 
-    CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
-    and K must be a multiple of 8, or of 16 for 8-bit values.
+    - For "int8" and "q8_0", up to 8 tokens of bfloat16 or float16 are rounded to 16-bit integers.
+      The errors are at most 2^-15 of the largest magnitude of a token.
+    - For formats of 4 to 6 bits, x is rounded to 8-bit integers, unless `set_exact_products`
+      forbids it. The errors are at most 1/254 of the largest magnitude of 32 neighbours. More than
+      8 tokens are not rounded for "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 on
+      CPUs with AMX.
+    - With AVX-512, "int4" is multiplied in 16-bit integers or bfloat16 instead.
+
+    With "int8", K is at most 2^20. CUDA devices read rows in 16-byte loads. So there x, norm and
+    the weights must be aligned to 16 bytes, and K must be a multiple of 8, or of 16 for 8-bit
+    values.
 
     The op has a gradient for x with weights of every format. It has no gradient for the weights or
-    norm. Products that round x to 8 bits have no gradient either: call `set_exact_products` before
-    training.
+    norm. Products that round x to 8 bits have no gradient either, so call
+    `set_exact_products(True)` before training.
 
     Args:
         x: [T, K].
-        weight: [N, K], contiguous, with the dtype of x, or `Quantized`. Or up to 3 weights, such as
-            those of query, key and value: they are multiplied in one pass, as if they were stacked,
-            and each may have its own format. Or a `JoinedWeight`, which is one matrix where torch
-            multiplies it.
+        weight: [N, K], contiguous, with the dtype of x, or `Quantized`. It may also be a list of up
+            to 3 weights, such as those of query, key and value. These are multiplied in one pass,
+            as if they were stacked, and each may have its own format. Or it may be a
+            `JoinedWeight`, which torch multiplies as one matrix, and our kernels as several.
         norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product. None: x is not
             normalised.
         eps: epsilon of the RMSNorm.
@@ -92,8 +95,8 @@ def _expect_exact(x: Tensor, formats: list[str]) -> None:
     if x.is_cuda or _C.exact_products():
         return
     for name in formats:
-        # If a single token is not rounded, no number of tokens is rounded. So len(x) is read only
-        # if needed, because reading it makes torch.compile compile anew for each number of tokens.
+        # If a single token is not rounded, more tokens are not rounded either. This is asked first,
+        # because reading len(x) makes torch.compile compile anew for each number of tokens.
         if _C.linear_rounds(x.dtype, name, 1) and _C.linear_rounds(x.dtype, name, len(x)):
             raise RuntimeError(
                 f"linear: x requires a gradient, but its product with a weight in {name!r} rounds "
@@ -108,8 +111,8 @@ def _differentiate_linear(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     d_x = torch.ops.mistral_ext.linear_backward(d_out, values, scales, ctx.formats, whole)
     if norm is not None:
         d_x = torch.ops.mistral_ext.rms_norm_backward(x, norm, d_x, ctx.eps)
-    # The gradients must have the structure of the arguments. torch treats a list that contains None
-    # as no list of tensors.
+    # The gradients must have the structure of the arguments. But torch does not count a list that
+    # contains None as a list of tensors, and expects a single None for it.
     of_scales = None if None in scales else [None] * count
     return d_x, [None] * count, of_scales, None, None, None, None
 
@@ -149,11 +152,11 @@ register(
 
 
 def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
-    """residual += x @ weight.T, in place: the end of an attention or feed-forward block.
+    """Computes residual += x @ weight.T in place, the end of an attention or feed-forward block.
 
     The sum is rounded to the dtype once. If the product itself is needed (for a sum over devices),
-    call `linear`, and give its result and the residual to `rms_norm`, which adds them up. The
-    residual differs only because the product is rounded before it is added.
+    call `linear`, and give its result and the residual to `rms_norm`, which adds the two. This way
+    the product is also rounded before it is added, so the residual may differ slightly.
 
     Args:
         x: [T, K].
@@ -197,9 +200,9 @@ def linear_rope(
     """Computes query, key and value of x, rotates q and k, and appends k and v to the rings.
 
     The result has the same bits as that of `linear` followed by `rope`. On CUDA devices, up to 64
-    tokens take no more launches than `linear` if the weights have the same format and group, and it
-    is plain, "int8", "int4" or "q8_0". Like `rope`, this op leaves some tokens for `attention` to
-    append.
+    tokens take no more launches than `linear` if all weights have the same group size and the same
+    format, and this format is plain, "int8", "int4" or "q8_0". Like `rope`, this op leaves some
+    tokens for `attention` to append.
 
     Args:
         x: [T, K].
@@ -257,9 +260,10 @@ def linear_argmax(
     eps: float = 1e-5,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear`, and the index of each token's largest output: logits and the greedy next token.
+    """Computes `linear`, and the index of each token's largest output. For the output matrix these
+    are the logits and the greedy next tokens.
 
-    Outputs are compared after they are rounded to the dtype. Among equal outputs the first is
+    Outputs are compared after they are rounded to the dtype. Among equal outputs the first one is
     chosen. `sample` chooses the same token from the same logits at temperature 0. On CUDA devices,
     up to 64 tokens take no more launches than `linear`.
 
@@ -267,10 +271,12 @@ def linear_argmax(
         x: [T, K].
         weight: [N, K], as in `linear`.
         norm, eps: as in `linear`.
-        limit: choose among the first `limit` outputs, at most 2^24. None: choose among all outputs.
+        limit: the number of first outputs to choose among, at most 2^24. None: the choice is among
+            all outputs.
 
     Returns:
-        ([T, N] outputs, [T] int64 indices). The index is -1 if an output is NaN or all are -inf.
+        The outputs [T, N], and the indices [T] int64. An index is -1 if one of the outputs to
+        choose among is NaN, or all are -inf.
     """
     x, norm = in_order(x, [weight], norm)
     given = norm, eps, limit
@@ -309,15 +315,16 @@ def linear_swiglu(
     eps: float = 1e-5,
     added: Tensor | None = None,
 ) -> Tensor:
-    """silu(x @ gate.T) * (x @ up.T), after an optional RMSNorm of x: see `linear` and `swiglu`.
+    """Computes silu(x @ gate.T) * (x @ up.T), after an optional RMSNorm of x (see `linear` and
+    `swiglu`).
 
     Args:
         x: [T, K].
         weights: (gate, up), [F, K] each, as in `linear`.
         norm, eps: as in `linear`.
         added: [T, 2 F] float32, a tensor to add to the products with gate and up, such as the
-            result of `lora`. None: nothing is added. Our kernels add it before they round the
-            products. With torch's products the sum comes after rounding.
+            result of `lora`. Our kernels add it before they round the products. Torch's products
+            are rounded before it is added. None: nothing is added.
 
     Returns:
         [T, F].

@@ -31,7 +31,7 @@ def lora(
     parts: Sequence[int],
     out: Tensor | None = None,
 ) -> Tensor | None:
-    """out += scale * (x @ A.T) @ B, in place, with the adapter of each token.
+    """Computes out += scale * (x @ A.T) @ B in place, with the adapter of each token.
 
     The adapters of a weight are stacked and padded to the largest rank. Weights that are multiplied
     with the same x (such as query, key and value) are *parts*: they share a call, and their outputs
@@ -39,9 +39,9 @@ def lora(
     adapter do not change. The result of a token has the same bits whatever the other tokens and
     adapters are.
 
-    Without `out` the op returns the update that it would add to `out`. Only then does it have
-    gradients, for x, a and b, which are summed in fp32. a and b may then be float32 while x has
-    another dtype. They are rounded to the dtype of x for the product, and their gradients are
+    Without `out` the op returns the update that it would add to `out`. Only without `out` does it
+    have gradients, for x, a and b, which are summed in fp32. Then a and b may be float32 while x
+    has another dtype. They are rounded to the dtype of x for the product, and their gradients are
     float32. So an optimiser can keep a and b in float32.
 
     Args:
@@ -51,7 +51,8 @@ def lora(
         scales: [adapters, parts] float32.
         ranks: [adapters, parts] int32, the rank of each update, from 0 (no update) to max_rank.
             Values of a and b beyond the rank are not read.
-        adapters: [T] int32, the index of each token's adapter. Negative: the token has no adapter.
+        adapters: [T] int32, the index of each token's adapter. A negative index: the token has no
+            adapter.
         parts: the number of outputs of each part, for up to 3 parts.
         out: [T, N], with the dtype of x or float32, updated in place. None: the op returns the
             update.
@@ -107,7 +108,7 @@ def _run_added(
     adapters: Tensor,
     parts: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Returns the update, and scale * x A^T, [T, parts, max_rank] fp32."""
+    """Returns the update [T, N], and scale * x A^T, [T, parts, max_rank] fp32, for the gradient."""
     out = x.new_zeros((len(x), sum(parts)))
     hidden = x.new_zeros((len(x), *a.shape[1:3]), dtype=torch.float32)
     given = x, a.to(x.dtype), b.to(x.dtype), scales, ranks, adapters, list(parts)
@@ -139,7 +140,7 @@ def _run_backward(
         part, columns = slice(i, i + 1), slice(end, end + outputs)
         end += outputs
         d_part = with_rows(d_out)[:, columns]
-        # d_x += scale * (d_part B^T) A. This is the op itself, with A and B exchanged.
+        # d_x += scale * (d_part B^T) A. The op itself computes this, with A and B exchanged.
         d_hidden = hidden.new_zeros((len(x), 1, hidden.shape[2]))
         _C.lora(
             d_part,

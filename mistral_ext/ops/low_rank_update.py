@@ -1,4 +1,4 @@
-"""The update of a product by adapters that are being trained."""
+"""Adds an adapter that is being trained to a product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def low_rank_update(
     scale: float,
     parts: Sequence[int],
 ) -> Tensor:
-    """out + scale * (x @ a.T) @ b.T, with gradients for `out`, x, a and b.
+    """Returns out + scale * (x @ a.T) @ b.T, with gradients for `out`, x, a and b.
 
     On the CPU the kernels of `lora` update `out` in place. They round a and b to the dtype of x, as
     they do when the adapter is used later, and keep x @ a.T in fp32. On CUDA devices these kernels
@@ -27,8 +27,8 @@ def low_rank_update(
     sum is rounded once, and the gradients of a and b are summed in fp32.
 
     Args:
-        out: [T, N], the products of x with one to three weights, whose outputs lie side by side. No
-            other gradient may need its present values.
+        out: [T, N], the products of x with one to three weights, whose outputs lie side by side. It
+            may be overwritten, so no other gradient may need its values.
         x: [T, K].
         pairs: for each weight the matrices a [rank, K] and b [outputs, rank], both float32, or None
             if the weight has no update.
@@ -77,7 +77,8 @@ class _ByKernels(torch.autograd.Function):
 def _stack(
     x: Tensor, scale: float, parts: list[int], matrices: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Makes a, b, scales, ranks and adapters as `lora` takes them: one adapter, a and b float32."""
+    """Makes the arguments a, b, scales, ranks and adapters of `lora`, for one adapter that all
+    tokens use. a and b are float32."""
     count = len(parts)
     of_pairs = [0 if a is None else len(a) for a in matrices[::2]]
     a = x.new_zeros((1, count, max(of_pairs), x.shape[1]), dtype=torch.float32)
@@ -92,8 +93,8 @@ def _stack(
 
 
 class _ByTorch(torch.autograd.Function):
-    """The update by torch's products. For the gradients it keeps only x itself, not a float32 copy
-    of x."""
+    """Computes the update with torch's products. For the gradients it keeps x itself, not a float32
+    copy of x, which would be larger."""
 
     @staticmethod
     def forward(

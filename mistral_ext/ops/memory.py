@@ -1,8 +1,8 @@
-"""Memory for weights, in pages of 2 MB if the system has them.
+"""Allocates memory for weights, in pages of 2 MB if the system has them.
 
-A processor has to look up the physical address of every page that it reads. With pages of 4 KB this
-takes up to a third of a decode step, above all on virtual machines, which look up each address
-twice.
+A processor has to look up the physical address of every page that it reads. With pages of 4 KB the
+look-ups take up to a third of a decode step. They take most on virtual machines, which look up each
+address twice.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ LARGE_PAGE = 2**21  # bytes
 
 
 def ask_for_large_pages(pages: mmap.mmap) -> None:
-    """Asks for large pages, for a mapped file or for memory that has not been touched yet.
+    """Asks the system for large pages, for a mapped file or for memory that has not been used yet.
 
-    On other systems than Linux nothing is done. A file's pages become large if its file system
-    permits it, and if they are not in memory as small pages already.
+    On systems other than Linux nothing is done. A file's pages become large if its file system
+    permits it, and if they are not already in memory as small pages.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # the kernel may lack large pages
@@ -30,8 +30,8 @@ def ask_for_large_pages(pages: mmap.mmap) -> None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Makes a tensor on the CPU as `torch.empty` does. If it is at least as long as a large page,
-    asks for large pages."""
+    """Makes a tensor on the CPU as `torch.empty` does. If its size is at least that of a large
+    page, asks for large pages."""
     count = math.prod(shape)
     n_bytes = count * dtype.itemsize
     if n_bytes < LARGE_PAGE:

@@ -1,4 +1,4 @@
-"""Rounds weights to formats whose values come from a table: csrc/quantize.h."""
+"""Rounds weights to the formats whose values come from a table (csrc/quantize.h)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from mistral_ext.ops.workspace import execution_target
 def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = None) -> Tensor:
     """Chooses the values and scales of a weight in "iq4_nl" or "iq4_xs".
 
-    For each 32 neighbours a few scales are tried, and the scale with the least weighted squared
-    error is taken. Errors of large weights and of important inputs count more.
+    For every 32 neighbours a few scales are tried, and the scale with the least weighted squared
+    error is taken. In this sum, errors of large weights and of important inputs count more.
 
     Args:
         weight: [N, K] on the CPU, float32, bfloat16 or float16, the last axis contiguous.
         out: the weight to fill, on the CPU.
-        importance: [K] float32, how much an error in each input counts, such as the mean square of
-            the input. None: all inputs count the same. They also count the same among 32 neighbours
-            whose importances are all 0, or so small that products underflow.
+        importance: [K] float32, for each input how much an error of its weights counts, such as the
+            mean square of the input. None: all inputs count the same. So do 32 neighbours whose
+            importances are all 0, or so small that products underflow.
 
     Returns:
-        [N] float32, the largest magnitude in each row; not finite if the row holds NaN or infinity.
+        [N] float32, the largest magnitude in each row. It is not finite if the row holds NaN or
+        infinity.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device; the message names it.
@@ -38,13 +39,14 @@ def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = N
 def round_with_feedback(
     weight: Tensor, factor: Tensor, out: Quantized, importance: Tensor | None = None
 ) -> None:
-    """Rounds up to 256 columns of a weight, one after another. The error of each column is
-    compensated in the columns that follow.
+    """Rounds a block of up to 256 columns of a weight, one column after another. The error of each
+    column is compensated in the later columns of the block.
 
     This is the step of GPTQ within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1). To
-    correct the columns after the block, subtract the returned errors times the factor's rows there.
-    The caller checks that these errors are finite. They are not if a weight is NaN or infinite, if
-    the factor has a 0 on its diagonal, or if fp16 cannot hold a scale.
+    correct the columns after the block, the caller subtracts from them the errors (see `weight`)
+    times the part of the factor that has the rows of the block and those columns. The caller must
+    check that the errors are finite. They are not if a weight is NaN or infinite, if the factor has
+    a 0 on its diagonal, or if fp16 cannot hold a scale.
 
     Args:
         weight: [N, B] float32 on the CPU, B at most 256, the last axis contiguous. On return it
@@ -53,8 +55,8 @@ def round_with_feedback(
             Hessian.
         out: the columns to fill, in "iq4_nl" or, if B is 256, "iq4_xs". There may be gaps between
             rows.
-        importance: [B] float32, how much an error in each input counts, as in `round_to_table`. It
-            affects only the choice of scales.
+        importance: [B] float32 or None, as in `round_to_table`. It affects only the choice of
+            scales.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device. The message names it.

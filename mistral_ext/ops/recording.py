@@ -1,7 +1,8 @@
 """Repeats the kernels of ops on the CPU without Python.
 
-Python, torch's dispatcher and the checks of the arguments take tens of microseconds per call. A
-kernel of a small model takes no longer than that (`bench/serve.py` with one client).
+Python, torch's dispatcher and the checks of the arguments take tens of microseconds per call. In a
+small model a kernel itself takes no longer than that (measured by `bench/serve.py` with one
+client).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from mistral_ext.ops import workspace
 
 
 class Recording:
-    """The calls of ops that some work made, with the memory that they used.
+    """The calls of ops that a function (the *work*) made, with the memory that they used.
 
-    When the work is repeated, only the values in that memory may differ. One thread at a time may
-    repeat the work. Weights, rings, tables and other tensors that come from outside have to live as
-    long as the recording. The recording keeps all other tensors alive.
+    When the work is repeated, it uses the same memory, in which only the values may differ. Only
+    one thread at a time may repeat the work. Tensors that the work did not make itself (weights,
+    rings, tables) have to live as long as the recording. The recording keeps all other tensors
+    alive.
     """
 
     def __init__(self) -> None:
@@ -30,12 +32,12 @@ class Recording:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the settings that choose kernels are the same as at the time of the recording. If
-        not, the sizes of the workspaces may be wrong."""
+        """Whether the settings that choose kernels are the same as when the work was recorded. If
+        not, another kernel may need a larger workspace than was recorded."""
         return self._settings == _settings()
 
     def run(self) -> None:
-        """Repeats the work. No other thread may choose other kernels (`select_isa`) meanwhile.
+        """Repeats the work. Meanwhile no thread may choose other kernels (`select_isa`).
 
         Raises:
             ValueError: a sequence table or a token id is not valid.
@@ -48,14 +50,16 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
     """Does the work, and records it.
 
     Args:
-        work: calls of ops, without gradients. What it does must not depend on the value of a
-            tensor, and it must change tensors only by ops.
-        given: the tensors with which the work begins.
+        work: a function that calls ops, without gradients. Which calls it makes must not depend on
+            the value of a tensor, and it must change tensors only by ops.
+        given: the tensors that the first calls read. The caller may change their values between
+            repetitions.
 
     Returns:
-        The recording, or None if the work cannot be repeated: an op does not run by `workspace.run`
-        with its output, or needs memory that has been freed, or reads a tensor that torch has
-        computed.
+        The recording. None: the work cannot be repeated, because
+        - an op does not run by `workspace.run` with its output,
+        - an op needs memory that has been freed, or
+        - an op reads a tensor that torch has computed.
     """
     recorder = _Recorder(given)
     with workspace.heard_by(recorder):
@@ -64,9 +68,9 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
 
 
 class _Recorder:
-    """Notes calls, and checks where their inputs come from. Repeating the work does not repeat what
-    torch computes. So each x must lie in the memory of a given tensor, or of the result of an
-    earlier call."""
+    """Notes calls, and checks where their inputs come from. A repetition does not repeat what torch
+    computes. So the input x of each call must lie in the memory of a given tensor, or of the result
+    of an earlier call."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self.recording = Recording()

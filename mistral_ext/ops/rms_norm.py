@@ -15,13 +15,13 @@ from mistral_ext.ops.workspace import execution_target
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor:
-    """RMSNorm over the last axis, with an optional residual add before it.
+    """Computes RMSNorm over the last axis. With a residual, adds x to it first.
 
     With a residual the op computes `residual += x` in place, rounded to the dtype, and normalises
     the sum. Without a residual it normalises x. The normalised value is rounded to the dtype before
     it is multiplied by the weight, because Mistral was trained in this way.
 
-    Without a residual the op has a gradient for x. The gradient ignores the rounding.
+    Only without a residual does the op have a gradient, for x. The gradient ignores the rounding.
 
     Args:
         x: [T, E].

@@ -22,13 +22,13 @@ def rope(
 ) -> None:
     """Rotates q and k in place, and appends k and v to the rings.
 
-    Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i] (the order of
-    Hugging Face checkpoints).
+    Elements i and i + D/2 of a head are a pair, rotated by the angle position * frequencies[i].
+    Hugging Face checkpoints have this order of elements.
 
-    The slot of a new token may hold an older token. If a query of the same chunk still sees the
-    older token, `rope` does not append the new token: `attention` appends it later. So call `rope`
-    and then `attention` with the same table and window. After both, the rings have the new tokens.
-    Of a chunk that is longer than its ring they have the last C.
+    The slot of a new token may hold an older token. If another new token's query still sees the
+    older token, `rope` does not append the new token, and `attention` appends it later. So call
+    `rope` and then `attention` with the same table and window. After both, the rings have the new
+    tokens. If a sequence has more new tokens than its ring has slots (C), its ring has the last C.
 
     Scaled RoPE needs other frequencies. If a model also multiplies cosine and sine by a factor m,
     as YaRN does, give `attention` the scale m^2 / sqrt(D).

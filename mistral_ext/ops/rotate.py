@@ -13,12 +13,12 @@ from mistral_ext.ops.workspace import execution_target
 
 
 def rotate(x: Tensor, sequences: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotates the heads of x as `rope` rotates q and k, into a new tensor.
+    """Rotates the heads of x as `rope` rotates q and k, but into a new tensor.
 
-    The op has a gradient, and needs no rings.
+    The op has a gradient for x, and needs no rings.
 
     Args:
-        x: [T, H, D], any number of heads.
+        x: [T, H, D], with any number H of heads.
         sequences: [S, 5] int64, the sequence table. Its columns for rings are not used.
         frequencies: [D/2] float64, radians per position, the result of
             `mistral_ext.model.rope.frequencies`.
@@ -48,7 +48,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of a rotation, which is the rotation by the negated angles."""
+    """Returns the gradient of a rotation: d_out, rotated by the negated angles."""
     d_x = torch.ops.mistral_ext.rotate(with_rows(d_out), *ctx.saved_tensors, not ctx.backward)
     return d_x, None, None, None
 

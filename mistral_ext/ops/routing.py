@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mistral_ext.ops.weight import Parts
 
-# The most tokens that our CUDA kernels multiply (gemv). They are made for few tokens, with which
-# reading the weights takes the time. Torch multiplies more tokens, and all float32.
+# The most tokens that our CUDA kernels (gemv) multiply. The kernels are made for few tokens, for
+# which reading the weights takes most of the time. Torch multiplies more tokens, and all float32.
 MOST_TOKENS_ON_CUDA = 64
 
 

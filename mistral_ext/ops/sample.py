@@ -1,4 +1,4 @@
-"""The choice of the next token."""
+"""Chooses the next token."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ def sample(
     largest logit. Among equal logits the lowest id is chosen. The same arguments give the same
     tokens on every device, whatever else is in the batch. csrc/sample.h has the full definition.
 
-    Options and state are tables with a row for each completion. They are on the device of the
+    Options and state are tables with a row for each of M completions. They are on the device of the
     logits, so a decode loop needs no data from the host. `mistral_ext.engine.sampling.Sampler`
-    keeps the tables. Their columns are:
+    keeps the tables. The columns of two of them are:
 
         options  temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
                  frequency_penalty
-        noise    seed (its 64 bits), index (which of the completions of one seed), step
+        noise    seed (its 64 bits), index (the number of the completion among those with this
+                 seed, from 0 on), step (the number of tokens drawn before)
 
     Args:
         logits: [N, V] float32, V up to 2^24.
-        rows: [N] int64, the row of the tables for each row of logits. No two rows are the same.
+        rows: [N] int64, for each row of logits its row of the tables. No two may be the same.
         options: [M, 7] float64.
-        noise: [M, 3] int64. The op adds 1 to the column step.
-        history: [M, V] int32, 2 * (times chosen) + (1 if in the prompt) for each token. The op
-            counts the chosen token here.
+        noise: [M, 3] int64. The op adds 1 to the step of each row that it uses.
+        history: [M, V] int32, for each token 2 * (number of times chosen), plus 1 if it is in the
+            prompt. The op adds 2 for the chosen token.
         bias: [M, V] float32, added to the logits. None: nothing is added.
 
     Returns:
-        [N] int64 token ids. The id is -1 if a logit is NaN or all are -inf. The state of such a row
-        does not change.
+        [N] int64 token ids. The id is -1 if a logit is NaN or all are -inf (with the bias). The
+        state of such a row does not change.
 
     Source: Gumbel 1954 and Maddison et al. 2014, arXiv:1411.0030 (Gumbel-max); Salmon et al. 2011
     (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Keskar et al. 2019, arXiv:1909.05858

@@ -13,7 +13,8 @@ from mistral_ext.ops.workspace import execution_target
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, with silu(x) = x / (1 + exp(-x)). The op has a gradient for gate and up.
+    """Computes silu(gate) * up, with silu(x) = x / (1 + exp(-x)). The op has a gradient for gate
+    and up.
 
     Args:
         gate, up: [T, F].

@@ -1,7 +1,8 @@
-"""The ops of linear.py, computed with torch's products. routing.py chooses between the two.
+"""Computes the ops of linear.py with torch's products. routing.py chooses between these and our
+kernels.
 
-Quantised weights are dequantised first, one after the other. With many tokens this costs less than
-using our own product, which would be slower than the vendor's.
+Quantised weights are dequantised first, one after the other. With many tokens this costs little,
+and torch's products, which are the GPU vendor's, are faster than ours would be.
 """
 
 from __future__ import annotations
@@ -117,11 +118,11 @@ def _side_by_side(products: list[Tensor]) -> Tensor:
 
 
 def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yields the weights in `dtype`. Quantised weights are dequantised. The parts of a
-    `JoinedWeight` come as one weight.
+    """Yields the weights. Quantised weights are dequantised to `dtype`. A `JoinedWeight` comes as
+    one weight.
 
     A weight is dequantised when the caller asks for it. So a loop holds at most two dequantised
-    weights.
+    weights at a time, the last one and the next.
     """
     if parts.whole is not None:
         yield parts.whole

@@ -22,17 +22,18 @@ class Format(NamedTuple):
 
     value_dtype: torch.dtype
     scale_dtype: torch.dtype
-    bits: int  # bits of a value
-    group_scales: int  # elements of the scales of a group
-    least_group: int  # the fewest values that share scales, a power of two
-    most_group: int  # the most values that share scales, a power of two; 0: a whole row
+    bits: int  # the number of bits of a value
+    group_scales: int  # the number of elements of the tensor `scales` for each group
+    least_group: int  # the fewest values that may share scales (a group), a power of two
+    most_group: int  # the most values that may share scales, a power of two; 0: a whole row
 
     def elements(self, size: int) -> int:
-        """The number of elements of the tensor `values` for a row of K = `size` values."""
+        """Returns how many elements the tensor `values` has for a row of `size` values (K)."""
         return size * self.bits // (8 * self.value_dtype.itemsize)
 
     def size(self, elements: int) -> int:
-        """The length K of a row whose values have `elements` elements."""
+        """Returns K, the number of values of a row, if the tensor `values` has `elements` elements
+        for it."""
         return elements * 8 * self.value_dtype.itemsize // self.bits
 
 
@@ -56,7 +57,7 @@ PLAIN = "plain"  # the format of a plain tensor
 
 
 class Quantized(NamedTuple):
-    """A weight [N, K] whose values have scales.
+    """A weight [N, K] as integer values and scales. The formats are:
 
     "int8": values int8 [N, K], -127 to 127; scales bfloat16 [N, 1].
     "int4": words; scales bfloat16 [N, K / group], of either sign. Groups of 32, 64 or 128.
@@ -70,10 +71,11 @@ class Quantized(NamedTuple):
     [N, 20 K / 256].
     "iq4_nl": words; scales float16 [N, K / 32].
 
-    Words are int32 [N, K / 8]. Value k of a row is in word k // 8, at bit 4 * (i // 2) + 16 * (i %
-    2) with i = k % 8. In "int4" and "q4_0" it is in two's complement (-8 to 7), in other formats
-    unsigned. A format with the name of a GGUF type holds the numbers of this type, with values and
-    scales in separate tensors. csrc/formats.h has the formulas and the places of bits.
+    "Words" stands for values of 4 bits, packed into int32 [N, K / 8]. Value k of a row is in word
+    k // 8, at bit 4 * (i // 2) + 16 * (i % 2) with i = k % 8. In "int4" and "q4_0" a value is in
+    two's complement (-8 to 7), in other formats it is unsigned. A format with the name of a GGUF
+    type holds the numbers of this type, with values and scales in separate tensors. csrc/formats.h
+    has the formulas and the places of bits.
     """
 
     values: Tensor
@@ -90,11 +92,14 @@ class Quantized(NamedTuple):
         group: int | None = None,
         device: torch.device | None = None,
     ) -> Quantized:
-        """Makes a weight [N, K] whose tensors are still to be filled.
+        """Makes a weight whose tensors the caller has to fill.
 
         Args:
+            shape: (N, K), the shape of the weight.
+            format: a key of `FORMATS`.
             group: the number of values that share scales, a divisor of K. None: the smallest number
                 that the format allows.
+            device: the device of the tensors. None: torch's default device.
         """
         facts, (rows, size) = FORMATS[format], shape
         groups = size // (group or facts.least_group or size)
@@ -127,8 +132,8 @@ class Quantized(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the weight as a tensor [N, K]. It is computed in fp32, then rounded to
-        `dtype`."""
+        """Returns the weight as a tensor [N, K], computed in fp32 and then rounded to `dtype`. Its
+        columns are in the order of the inputs, whatever `order` is."""
         if self.values.is_cuda:
             weight = torch.empty(self.shape, dtype=dtype, device=self.values.device)
             _C.dequantize(*self[:3], weight, execution_target(weight))
@@ -137,7 +142,7 @@ class Quantized(NamedTuple):
         return self.in_order_of_inputs(weight)
 
     def in_order_of_inputs(self, rows: Tensor) -> Tensor:
-        """Puts dequantised rows [T, K] into the order of its inputs."""
+        """Puts the columns of dequantised rows [T, K] into the order of the weight's inputs."""
         return rows if self.order is None else rows.index_select(1, self.order.argsort())
 
     def to(self, device: torch.device | str) -> Quantized:
@@ -169,16 +174,17 @@ class JoinedWeight(NamedTuple):
         return self.whole.nbytes
 
 
-# The weights that are multiplied in one pass, as if they were stacked.
+# Weights that are multiplied in one pass, as if they were stacked.
 Weights: TypeAlias = Sequence[Weight] | JoinedWeight
 
 
 def in_order(
     x: Tensor, weights: Weights, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Puts x [T, K], and the weight [K] of an RMSNorm of x, into the order of the weights' values.
+    """Puts the columns of x [T, K], and the weight [K] of an RMSNorm of x, into the order of the
+    weights' values.
 
-    All weights of a call must have the same `order`.
+    All weights of a call must have the same `order`. Whether the orders are equal is not checked.
 
     Raises:
         ValueError: only some of the weights have an order.
@@ -193,8 +199,9 @@ def in_order(
 
 
 class Parts(NamedTuple):
-    """Weights in the form of the ops' schemas. Each weight has values, scales (None if it is plain)
-    and a format. `whole` is set if the weights are the parts of a `JoinedWeight`."""
+    """Weights in the form of the ops' schemas. Each weight has an element of `values`, of `scales`
+    (None for a plain weight) and of `formats`. `whole` is the matrix of a `JoinedWeight`, or None
+    for other weights."""
 
     values: list[Tensor]
     scales: list[Tensor | None]
@@ -203,7 +210,7 @@ class Parts(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """The number of rows of all weights together."""
+        """N, the number of rows of all weights together."""
         return sum(map(len, self.values))
 
     @property

@@ -1,4 +1,4 @@
-"""The stream or threads on which a kernel runs, and memory for its intermediate results."""
+"""Runs kernels: chooses the stream or the threads, and provides memory for intermediate results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Recorder(Protocol):
 
 @contextmanager
 def heard_by(recorder: Recorder) -> Iterator[None]:
-    """Tells a recorder which kernels this thread runs in the block."""
+    """Tells a recorder which kernels this thread runs in the `with` block."""
     before = _of_thread.recorder
     try:
         _of_thread.recorder = recorder
@@ -36,10 +36,11 @@ def heard_by(recorder: Recorder) -> Iterator[None]:
 
 
 def execution_target(x: Tensor) -> int:
-    """Where a kernel on x runs: the number of threads on a CPU, the current stream on a GPU.
+    """Returns where a kernel on x runs: the number of threads on a CPU, the current stream on a
+    GPU.
 
-    Only ops that do not call `run` use this function. Their kernels cannot be repeated, so a
-    recorder gives up.
+    Only ops that do not call `run` use this function. Their kernels cannot be repeated, so this
+    function makes the thread's recorder give up.
     """
     if _of_thread.recorder is not None:
         _of_thread.recorder.give_up()
@@ -59,10 +60,10 @@ def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
 
     Args:
         call: the call.
-        x: a tensor of the call, on whose device it runs. If `out` is given, the tensor that the
-            call reads.
-        out: the tensor that the call writes to, if the call can be repeated. Then x and `out` must
-            be the only tensors of the call that a recorder has to keep alive.
+        x: a tensor of the call, on whose device the call runs. If `out` is given, x must be the
+            tensor that the call reads.
+        out: the tensor that the call writes to. x and `out` must then be the only tensors of the
+            call that a recorder has to keep alive. None: the call cannot be repeated.
     """
     target = _target(x)
     recorder = _of_thread.recorder
@@ -82,9 +83,9 @@ def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
 
 
 class _OfThread(threading.local):
-    """The workspace that all calls of a thread share, and the recorder of its kernels, if there is
-    one. The workspace is as large as the largest call so far has needed, because allocating new
-    pages for every call would cost time."""
+    """The workspace that all calls of a thread on the CPU share, and the recorder of the thread's
+    kernels (None: there is none). The workspace is as large as the largest call so far has needed,
+    and is kept, because allocating new pages for every call would cost time."""
 
     recorder: Recorder | None = None
 
@@ -101,26 +102,28 @@ _of_thread = _OfThread()
 
 
 def memory_on_cpu(nbytes: int) -> int:
-    """The address of this thread's workspace, enlarged to at least `nbytes` bytes."""
+    """Returns the address of this thread's workspace, after enlarging it to at least `nbytes`
+    bytes."""
     memory = _of_thread
     if memory.nbytes < nbytes:
         memory.grow(nbytes)
     return memory.address
 
 
-# (device, stream, whether the stream is being captured) -> (id of the graph or 0, zeroed counters
-# for the blocks of a call). A call leaves its counters zeroed.
+# (device, stream, whether the stream is being captured) -> (id of the captured graph, or 0; zeroed
+# counters, by which the blocks of a kernel know what other blocks have done). A call leaves its
+# counters zeroed.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
 def _zeroed_counters(device: torch.device, target: int, count: int) -> Tensor:
     # Graphs may run at the same time, so each graph has its own counters. Each replay zeros them
-    # once.
+    # before their first use.
     graph = _C.capture_id(target)
     key = (device, target, graph != 0)
     kept = _counters.get(key)
     if kept is None or kept[0] != graph or len(kept[1]) < count:
-        # 1024 are enough for a decode step, so that its counters are allocated only once.
+        # 1024 counters are enough for a decode step, so they are allocated only once.
         kept = graph, torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
         _counters[key] = kept
     return kept[1]
