@@ -24,10 +24,11 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     A hub model is ``owner/name``. A GGUF file in it is ``owner/name:file.gguf`` (any part, if the
     file is split). Only the configuration, the tokenizer and one format of the weights are
     downloaded, into huggingface_hub's cache. Later calls work without a network. "demo" is the
-    small model of this package, unless there is a folder or file with this name.
+    small model of this package, unless a local folder has this name.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache.
+        FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache, or
+            the hub model has no weights in a known format.
         ValueError: the path is a file of another kind.
     """
     path = Path(path_or_hub_id).expanduser()
@@ -118,7 +119,8 @@ def _cached(hub_id: str, reason: Exception) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # No patterns are given here. The readers of the files check whether the files are complete.
+        # With an empty list of patterns this only finds the folder in the cache. The readers of the
+        # files check whether all files are there.
         return Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))
     except Exception:
         raise _not_available(hub_id, reason) from reason
