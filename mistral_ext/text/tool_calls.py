@@ -51,9 +51,9 @@ class ToolCall:
 class ToolDelta:
     """New text of a call: first its id and name, then pieces of its arguments."""
 
-    index: int  # which call of the completion
-    call: ToolCall | None = None  # set at the beginning of a call; its arguments are empty
-    arguments: str = ""
+    index: int  # the number of the call in the completion, from 0
+    call: ToolCall | None = None  # set only at the beginning of a call; its arguments are empty
+    arguments: str = ""  # the new text of the arguments
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class ToolFormat:
 
     Attributes:
         begin: the id of a control token, or the text, that comes before calls.
-        end: the same after each call. None: one list has all calls, and no text comes after it.
+        end: the id of a control token, or the text, that comes after each call. None: one list has
+            all calls, and nothing comes after the list.
     """
 
     begin: int | str
@@ -134,7 +135,7 @@ class ToolUse:
         return self.form.begin if isinstance(self.form.begin, int) else None
 
     def constraint(self, content: Constraint | None) -> Constraint:
-        """Makes the rule for a completion: calls, or text if it need not call.
+        """Makes the rule for a completion, which has calls, or text if it need not call a function.
 
         Args:
             content: the constraint of the text. None: the text may be anything.
@@ -191,7 +192,7 @@ class ToolUse:
         function = next(t["function"] for t in self.tools if t["function"]["name"] == name)
         if function.get("strict") is False:
             return guided({"type": "object"})
-        # A function has only the parameters that it lists. All may be optional.
+        # A function takes only the parameters that it lists, and no parameters if it lists none.
         parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
         return guided(closed(parameters))
 
