@@ -201,7 +201,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     if not 1 <= k <= samples:
         raise ValueError(f"k is {k}, expected 1 to {samples}, the number of samples")
     missed = 1.0
-    for i in range(k):  # draws k samples one after another; `missed`: none of them passes
+    for i in range(k):  # `missed` becomes the chance that none of k drawn samples passes
         missed *= max(0, samples - passed - i) / (samples - i)
     return 1.0 - missed
 

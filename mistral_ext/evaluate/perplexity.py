@@ -60,8 +60,9 @@ def perplexity(
 
     Args:
         llm: the model. It reads up to llm.prefill_chunk tokens in one pass.
-        texts: a text, or a list of texts and of lists of token ids. A beginning-of-text token, if
-            the tokenizer has one, comes before each text and is not predicted.
+        texts: a text, or a list of texts and of lists of token ids. A beginning-of-text token comes
+            before each text and is not predicted. (Some tokenizers put no such token before a text.
+            Then the first token of the text is not predicted.)
         max_tokens: only this many tokens at the beginning of each text are measured. None: all
             tokens are measured.
         progress: show a progress bar if stderr is a terminal.

@@ -23,8 +23,8 @@ from pathlib import Path
 _RUNNER = Path(__file__).with_name("run_program.py")
 
 SECONDS = 5  # the seconds of processor time that a program may take
-MEMORY = 2**30  # the bytes of its address space
-_WALL = 4  # a program that waits may take this many times as many seconds
+MEMORY = 2**30  # the most bytes of the program's address space
+_WALL = 4  # by the wall clock a program may take this many times as many seconds
 _REPORT = 200  # the most bytes of a report that are read
 
 PASSED = "passed"

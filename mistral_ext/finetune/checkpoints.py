@@ -39,8 +39,8 @@ class Progress:
 
     Attributes:
         step: the number of finished steps.
-        best_loss: the lowest held-out loss, except that before the first step. None: no held-out
-            loss was measured since.
+        best_loss: the lowest held-out loss that was measured after at least one step. None: no such
+            loss was measured.
         without_gain: the number of evaluations since the evaluation with the lowest loss.
         evaluated: the number of steps that were finished at the last evaluation. -1: there was no
             evaluation.

@@ -22,8 +22,8 @@ class TrainingOptions:
         targets: the weights of each layer that get an update: some of wq, wk, wv, wo, w1, w3 and
             w2.
         epochs: the number of passes over the data.
-        max_steps: the number of steps after which the run ends, if the epochs have more. None: the
-            run ends after the epochs.
+        max_steps: the most steps of the run. The run ends after them even if the epochs have more
+            steps. None: the run ends after the epochs.
         batch_size: the number of samples in a step. The loss of a step is the mean over its tokens,
             weighted by `weight` in the data, however the tokens are divided into passes.
         tokens_per_pass: the most tokens that go through the model at once, and the most tokens of a

@@ -169,7 +169,7 @@ def _runs(values: list[int]) -> tuple[Span, ...]:
 
 class _LastLayout:
     """Keeps the layout of the last mask, because neighbouring layers of a model get the same mask.
-    So the mask is read from a GPU, for which a call has to wait, only once."""
+    To read a mask from a GPU makes a call wait, so this is done once for such layers."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, _Layout] | None = None

@@ -1,4 +1,4 @@
-"""Makes the ASGI application of the server: its routes, and what is around them."""
+"""Makes the ASGI application of the server: its routes, middleware and handlers of errors."""
 
 from __future__ import annotations
 

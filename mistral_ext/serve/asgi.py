@@ -107,8 +107,8 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         DisconnectedError: the client hung up.
-        SlowReaderError: the work was cancelled for another reason. `Call.generation` cancels it if
-            the client does not read its answer.
+        SlowReaderError: the work was cancelled otherwise: `Generation` has it cancelled if the
+            client does not read its answer.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))

@@ -1,4 +1,4 @@
-"""The thread that runs the steps of the engine."""
+"""Runs the steps of the engine in a thread of its own."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ _LONGEST_WAIT = 0.03  # the first step begins after so many seconds even if requ
 class EngineThread:
     """Runs the steps of an engine while there is work. Other threads add and abort requests.
 
-    If a pass fails, its requests end with an error. If a step itself fails, or the device no longer
-    works after a pass, the thread ends and refuses new requests.
+    If a pass through the model fails, the requests in it end with an error. If the engine itself
+    fails, or the device no longer works after such a failure, the thread ends and refuses new
+    requests.
 
     Args:
         engine: the engine.

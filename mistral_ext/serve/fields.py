@@ -1,4 +1,4 @@
-"""The fields of requests, as JSON Schema. Requests are checked against these schemas, and
+"""Describes the fields of requests in JSON Schema. Requests are checked against these schemas, and
 /openapi.json shows them.
 
 A field that is null counts as missing.

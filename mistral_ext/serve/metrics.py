@@ -1,4 +1,4 @@
-"""Metrics for Prometheus. Their names are vLLM's with our prefix."""
+"""Counts metrics for Prometheus. Their names are vLLM's with our prefix."""
 
 from __future__ import annotations
 

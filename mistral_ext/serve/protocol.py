@@ -175,7 +175,7 @@ def _params(
     options[structure.option] = structure.value
     try:
         return SamplingParams(**options)
-    except (TypeError, ValueError) as error:  # SamplingParams checks the other options
+    except (TypeError, ValueError) as error:  # the other options fit the schema of the request
         raise bad_request(str(error), structure.field) from error
 
 

@@ -18,7 +18,8 @@ UNFIT_FOR_REPLICAS = {
     "log_requests": "each replica would write to the file",
 }
 
-# The demo model has its own defaults: it is not a chat model, and its tales have no end.
+# The demo model has its own defaults. It is not a chat model, so its template only joins messages.
+# Its tales have no end, so its replies have a limit.
 _DEMO: dict[str, Any] = {"model_name": "demo", "template": "plain", "max_tokens": 256}
 
 

@@ -1,8 +1,8 @@
-"""Tokens that a fine-tune added to its base model's vocabulary.
+"""Reads the tokens that a fine-tune added to its base model's vocabulary, and finds them in texts.
 
-Up to three files list them: `tokenizer.json`, `tokenizer_config.json` ("added_tokens_decoder") and
-`added_tokens.json`. Encoding first cuts a text at the added tokens that it spells out. Then the
-vocabulary's own algorithm encodes the pieces between them.
+Up to three files list these tokens: `tokenizer.json`, `tokenizer_config.json`
+("added_tokens_decoder") and `added_tokens.json`. Encoding first cuts a text at the added tokens
+that it spells out. Then the vocabulary's own algorithm encodes the pieces between them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chat: turns messages into token ids, with the template that a model was trained with.
+"""Turns the messages of a chat into token ids, with the template that a model was trained with.
 
 Mistral's own Instruct models have the templates of mistral-common, Mistral's implementation. v1
 writes [INST] as plain text and puts the system prompt before the first user turn. v2 and v3 write
@@ -249,8 +249,8 @@ def extend_chat(
     template: ChatTemplate | None = None,
     tools: Tools | None = None,
 ) -> list[int]:
-    """encode_chat() for the next turn of a chat. If possible, the result extends the ids in the KV
-    cache.
+    """Does what encode_chat() does, for the next turn of a chat. If possible, the result extends
+    the ids in the KV cache.
 
     cached_ids are the ids of the last turn: its prompt, and the reply as the model wrote it, with
     or without the end of the turn. The model may spell a reply in other tokens than the tokenizer

@@ -1,4 +1,4 @@
-"""Constraints of completions: a JSON schema, a regular expression or a Lark grammar.
+"""Checks constraints of completions: a JSON schema, a regular expression or a Lark grammar.
 
 `grammar` compiles a constraint. Importing this module takes little time.
 """

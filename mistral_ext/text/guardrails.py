@@ -1,5 +1,5 @@
-"""Has the guardrails of Mistral 7B's paper: a system prompt and self-reflection (arXiv 2310.06825,
-section 5).
+"""Implements the guardrails of Mistral 7B's paper: a system prompt and self-reflection
+(arXiv 2310.06825, section 5).
 
 The system prompt asks for replies without harmful content. In self-reflection the model is asked
 which of four words names the kind of content of a text. No answer is generated: the probabilities

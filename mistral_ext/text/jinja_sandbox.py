@@ -155,7 +155,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
         self.filters["tojson"] = _metered("tojson", _tojson)
-        tests: Mapping[str, Any] = self.tests  # for type checkers these are plain functions
+        tests: Mapping[str, Any] = self.tests  # Any, so that type checkers accept each function
         self.tests = {name: _stepped(test) for name, test in tests.items()}
         self.globals = {name: self.globals[name] for name in _GLOBALS} | {
             "dict": _make_dict,
@@ -178,7 +178,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         # In loops and blocks jinja2 adds its own arguments, and removes them later.
         given = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         check_arguments(*args, *given.values())
-        method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 has wrapped str.format
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             name = method.__name__
@@ -339,7 +339,7 @@ def _written(context: Any, value: Any) -> Any:
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # position of the filtered value
 
-    @functools.wraps(function)  # keeps the attribute for which jinja2 passes its context
+    @functools.wraps(function)  # keeps the attribute that makes jinja2 pass its context
     def metered(*args: Any, **kwargs: Any) -> Any:
         meter = METER.get()
         meter.step()

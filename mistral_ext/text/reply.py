@@ -18,8 +18,8 @@ def encode_reply(
 ) -> tuple[list[int], list[int]]:
     """Returns the token ids of the prompt for a conversation's last message, and of this message.
 
-    `encode_chat` makes the same prompt. So a model that learns to continue it gets the same prompt
-    later.
+    `encode_chat` makes the same prompt. So a model that learns to continue this prompt gets the
+    same prompt when it is used.
 
     Args:
         messages: the messages, as in `encode_chat`, except that the last message is the

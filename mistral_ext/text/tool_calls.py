@@ -1,4 +1,4 @@
-"""Tools: the functions that a model may call, and the calls that it writes.
+"""Describes tools: the functions that a model may call, and the calls that it writes.
 
 A model writes calls in the format that it was trained with. Mistral's models write the control
 token [TOOL_CALLS] and a JSON list of all calls. The Hermes models write each call between
@@ -106,7 +106,8 @@ class ToolUse:
             parallel: whether the model may make several calls.
 
         Raises:
-            ValueError, TypeError: the message names the tool or option.
+            ValueError, TypeError: a tool or an option is wrong, or the model takes no tools. The
+                message names the tool or option.
         """
         tools = tools or ()
         names = check_tools(tools)
@@ -201,7 +202,7 @@ def check_tools(tools: object) -> list[str]:
     """The names of functions in OpenAI's format.
 
     Raises:
-        ValueError, TypeError: the message names the tool that is wrong.
+        ValueError, TypeError: `tools` or one of the tools is wrong. The message names it.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise TypeError(f"tools is {tools!r:.60}, expected a list of dicts")

@@ -1,4 +1,4 @@
-"""LoRA adapters in files: peft's, Mistral's own and GGUF's.
+"""Reads LoRA adapters from files of peft, Mistral and GGUF, and writes them in peft's format.
 
 All three kinds of files are read into the same kind of dict. Its keys are Mistral's names of
 weights without ".weight", such as "layers.0.attention.wq". Its values are the updates of these
@@ -41,7 +41,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_FILES = (PEFT_WEIGHTS, "adapter_model.bin")
 MISTRAL_FILE = "lora.safetensors"
 _MISTRAL_PARAMS = "params.json"
-_MISTRAL_SCALE = 2.0  # mistral-finetune's default, because files of weights do not hold the scale
+_MISTRAL_SCALE = 2.0  # the default of mistral-finetune, whose weights files do not hold the scale
 
 # Settings of peft that change what an adapter computes. They are not supported, so they must not be
 # set.
@@ -242,7 +242,7 @@ def _is_finite(value: object) -> TypeGuard[float]:
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
     """The value of the first pattern that matches a module, as peft chooses it. Returns `default`
-    if no pattern matches. None has no patterns."""
+    if no pattern matches, or if `patterns` is None."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -51,8 +51,8 @@ class CalibratedLayers:
             are rounded with error feedback.
         embedded: [T, E] fp32, the embeddings of a text's tokens. They are overwritten.
         kept: a folder for finished layers. It is made if it does not exist.
-        identity: a text that tells `embedded` from other embedded texts, such as a hash. It need
-            not tell the weights of the layers apart: `rounded` compares them.
+        identity: a string that is another one for other texts or embeddings, such as a hash. It may
+            be the same for other weights of the layers, which `rounded` compares.
 
     Attributes:
         done: the number of finished layers, those of earlier calls included.
@@ -198,7 +198,8 @@ def calibrated(
         progress: show a progress bar if stderr is a terminal.
 
     Yields:
-        Mistral's names and the quantised weights. The output matrix is always among them.
+        Pairs of Mistral's name and the weight. All matrices but the embeddings are quantised. The
+        output matrix is always among them.
 
     Raises:
         ValueError: `token_ids` is empty, a token is not in the vocabulary, `kept` belongs to

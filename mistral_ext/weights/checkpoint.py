@@ -1,4 +1,4 @@
-"""The weights in the files of a model folder.
+"""Reads the weights in the files of a model folder.
 
 Files in Hugging Face's, Mistral's and GGUF's formats (mistral_ext/weights/folder.py) are read into
 one dict of tensors, with Mistral's names and Hugging Face's order of the query and key rows.

@@ -44,7 +44,7 @@ _ROWS = 2 * _BLOCK
 
 
 class Factor(NamedTuple):
-    """What rounding needs of a Hessian."""
+    """The results of factoring a Hessian H = R R^T that rounding needs."""
 
     # [K, K]. The rows of each block b hold R[b, b]^-1 on the diagonal. Left of the diagonal they
     # hold R[:b, b] R[b, b]^-1, transposed.

@@ -29,7 +29,7 @@ class Layout:
     """One way to store weights in a folder."""
 
     file: str  # the file with the weights, or the index that lists such files
-    format: str  # "hf" or "mistral": tensor names, and the order of q and k rows
+    format: str  # "hf", "mistral" or "gguf": the names of tensors, and the order of q and k rows
     shards: str | None = None  # the pattern of the files that an index lists; None: no index
 
 
@@ -173,7 +173,7 @@ def find_gguf(path: Path) -> Path | None:
 def is_instruct(path: Path) -> bool:
     """Whether a folder without a chat template holds a Mistral Instruct model.
 
-    The name of the folder, or its hub id, contains "instruct" if it does. A model that `quantize`
+    It does if the name of the folder, or its hub id, contains "instruct". A model that `quantize`
     has written may have any name, but its config.json says whether the original was such a model.
     """
     config = path / "config.json"

@@ -1,4 +1,4 @@
-"""``generation_config.json``: the sampling defaults of a model's authors."""
+"""Reads ``generation_config.json``, which has the sampling defaults of a model's authors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GGUF format, versions 2 and 3, mapped into memory.
+"""Reads GGUF files, versions 2 and 3, by mapping them into memory.
 
 A file consists of the magic bytes, u32 version, u64 number of tensors, u64 number of metadata
 entries, these entries (key, u32 type, value), the descriptions of the tensors (name, u32 number of

@@ -1,4 +1,4 @@
-"""A model in a GGUF file: its configuration from the metadata, and its tensors.
+"""Reads a model in a GGUF file: its configuration from the metadata, and its tensors.
 
 Tensors are stored under GGUF's own names, in blocks (gguf_blocks.py), and with the query and key
 rows in Mistral's order. If our kernels can multiply a matrix in its format, its numbers are kept,

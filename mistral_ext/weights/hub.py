@@ -59,8 +59,8 @@ def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
 
     Raises:
         FileNotFoundError: `path_or_hub_id` has the form of a hub id, and neither the hub nor its
-            cache has it. If it has another form and does not exist, no error is raised: it is
-            returned unchanged.
+            cache has the adapter. A path of another form that does not exist raises no error, and
+            is returned.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
@@ -78,7 +78,7 @@ def _download(hub_id: str) -> Path:
     patterns = [*CONFIGS, *PACKING_FILES, *COMPANIONS]
     try:
         files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings or ()]
-    except Exception as error:  # no network, no access or no such model; the cache may have it
+    except Exception as error:  # no network, access or model; the cache may have the model
         return _cached(hub_id, error)
     layout = next((layout for layout in LAYOUTS if layout.file in files), None)
     if layout is None:

@@ -1,4 +1,4 @@
-"""The names of weights in files.
+"""Converts the names of weights in files.
 
 In memory, weights have Mistral's names (layers.0.attention.wq.weight). Files in Hugging Face's
 format use one of three kinds of names: those of transformers' causal models

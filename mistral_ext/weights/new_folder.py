@@ -51,7 +51,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         _log.warning("%s: another run is writing it, or was killed: then remove it", left)
     with (
         _cleaning_up_first(),
-        # A temporary folder is private to its owner, so an ordinary folder in it is the new one.
+        # Others may not read a temporary folder, so the new folder is an ordinary one inside it.
         tempfile.TemporaryDirectory(
             prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
         ) as temporary,
@@ -95,8 +95,8 @@ class _Ended(SystemExit):
 
 @contextmanager
 def _cleaning_up_first() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP end the block with an exception, so that it cleans up before the
-    process ends.
+    """Makes SIGTERM and SIGHUP end the block with an exception, so that the block cleans up before
+    the process ends.
 
     Does nothing for signals that are already handled or ignored. Does nothing outside the main
     thread, the only thread that may handle signals.

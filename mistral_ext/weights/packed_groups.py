@@ -110,7 +110,7 @@ class GroupedMatrix:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """For each place in the result of `_reordered`, the place from which its value comes."""
+        """The argument `places` of `_reordered` that puts the integers of a row in `order`."""
         assert self.order is not None
         evens_then_odds = self.order // 2 + self.order % 2 * (len(self.order) // 2)
         eights = evens_then_odds.view(-1, 8)

@@ -1,4 +1,4 @@
-"""The weights of a packed checkpoint: GPTQ, AWQ, compressed-tensors or bitsandbytes.
+"""Reads the weights of a packed checkpoint, of GPTQ, AWQ, compressed-tensors or bitsandbytes.
 
 Matrices of the first three keep their numbers, as the values and scales of a `Quantized`, unless
 they are to be rounded again. Matrices of bitsandbytes are decoded as they are read. The names of
@@ -155,7 +155,7 @@ def _by_module(
 
 
 def _expect_same_orders(kept: Mapping[str, Quantized]) -> None:
-    """Raises an error if matrices that are multiplied in one pass need their input in different
+    """Raises ValueError if matrices that are multiplied in one pass need their input in different
     orders."""
     layers = {name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0] for name in kept}
     for layer in sorted(layers):

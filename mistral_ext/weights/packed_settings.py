@@ -32,7 +32,7 @@ class Packing:
         bits: the bits of a value, 4 or 8.
         group: the number of neighbouring values that share a scale, or WHOLE_ROW.
         symmetric: whether there are no zero points, or all are 2^(bits - 1).
-        zero_minus_one: whether zero points are stored less 1, as the first version of GPTQ does.
+        zero_minus_one: whether zero points are stored minus 1, as in the first version of GPTQ.
         act_order: whether the inputs of a group may be anywhere in a row. If they may, a tensor of
             the layer says to which group each input belongs.
     """

@@ -1,4 +1,4 @@
-"""The stored tensors of one linear layer, taken one by one and checked."""
+"""Takes the stored tensors of a linear layer one by one, and checks them."""
 
 from __future__ import annotations
 

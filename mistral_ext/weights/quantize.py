@@ -44,7 +44,7 @@ from mistral_ext.ops.quantize import round_to_table
 from mistral_ext.ops.weight import FORMATS, Quantized
 from mistral_ext.weights.names import mistral_name
 
-# The names that callers use -> formats.
+# The names by which callers choose a format -> the format.
 NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
 _OF_TABLE = ("iq4_xs", "iq4_nl")
 # The formats that `quantize` makes. Other formats come only from files.

@@ -126,7 +126,7 @@ def quantize_checkpoint(
     if calibration is not None:
         try:
             remove_kept(kept)
-        except OSError as error:  # the model is complete
+        except OSError as error:  # no reason to fail, because the model is complete
             _log.warning("%s is not needed any more, but cannot be removed: %s", kept, error)
     return target
 

@@ -108,8 +108,8 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
 def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
     """Maps a tensor of a file into memory.
 
-    Each tensor has its own mapping, which ends when the tensor is freed. So the process does not
-    hold the pages of a tensor any more that was copied and then freed.
+    Each tensor has its own mapping, which ends when the tensor is freed. So after a tensor was
+    copied and freed, the process does not hold its pages any more.
     """
     if isinstance(dtype, str):
         raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
