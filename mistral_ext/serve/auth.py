@@ -15,7 +15,8 @@ _OPEN_FOLDER = "/page/"
 
 
 class KeyCheck:
-    """Passes requests with a valid key, and requests for open paths, on to an application.
+    """Passes requests with a valid key, and requests for open paths, on to an application. Answers
+    other requests with 401.
 
     Args:
         app: the application.

@@ -46,7 +46,7 @@ class Settings:
     # Each of these keys gives access to the server. If there are none, anyone has access.
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()  # origins of web pages that may call the server; "*": all
-    moderate: tuple[str, ...] = ()  # texts that the model judges first: "input", "output" or both
+    moderate: tuple[str, ...] = ()  # what the model judges: "input" (prompts), "output" or both
     log_requests: Path | None = None  # the file for requests and answers; None: they are not kept
 
     def __post_init__(self) -> None:

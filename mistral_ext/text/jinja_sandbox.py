@@ -212,8 +212,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # Functions that _Metering inserts into a template
 
     def turn(self, characters: int) -> bool:
-        """Counts a step for an iteration of a loop or a call of a macro, and the characters of its
-        constant text."""
+        """Counts a step for an iteration of a loop or a call of a macro, and the characters of the
+        constant text in its body."""
         METER.get().made(characters)
         return True
 

@@ -81,7 +81,7 @@ class TextStream:
         held = self._held + new
         begins = [i for s in self._stop if (i := held.find(s)) >= 0]
         cut = min(begins, default=len(held))
-        # An incomplete stop string may begin before a complete one.
+        # If an incomplete stop string begins before a complete one, its end has to be awaited.
         partial = len(held) if final else self._partial_stop(held)
         if cut <= partial and begins:
             self.stopped = True

@@ -23,7 +23,7 @@ from mistral_ext.weights.new_folder import sync_names
 
 HIDDEN, SENSITIVITIES = "hidden.pt", "sensitivities.pt"
 _OURS = re.compile(r"(hidden|sensitivities|[0-9]+)\.(pt|part)")
-_STEP = 97  # one of so many rows of a matrix goes into a hash
+_STEP = 97  # the distance between the rows of a matrix that go into a hash
 
 
 def kept_folder(target: str | Path) -> Path:

@@ -77,8 +77,8 @@ class LayerRunner:
         return (h.square().mean(1) + self._config.norm_eps).sqrt()
 
     def attended(self, x: Tensor, product: Product) -> Tensor:
-        """The input [T, H * D] of wo, from the input [T, E] of wq, wk and wv. T are the tokens of
-        one sequence."""
+        """The input [T, H * D] of wo, from the input [T, E] of wq, wk and wv. The T tokens are a
+        sequence."""
         config = self._config
         sequences = torch.tensor([[0, len(x), 0, 0, len(x)]], device="cpu")
         q, k, v = (
