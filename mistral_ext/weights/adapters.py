@@ -334,18 +334,10 @@ class _Pairs:
     def add(
         self, name: str | None, matrix: str, matrices: tuple[str, str], stored: StoredTensor
     ) -> None:
-        """Takes a tensor, which is a or b of the weight `name`.
-
-        Args:
-            name: the name of the weight without ".weight". None: the model has no such weight.
-            matrix: the name of the tensor's matrix in the file.
-            matrices: the names of a and b in the file.
-            stored: the tensor.
-
-        Raises:
-            ValueError: the model has no such weight, or the tensor is neither a nor b, has a wrong
-                dtype, or was taken before.
-        """
+        """Takes a tensor, which is a or b of the weight `name` (None: the model has no such
+        weight). `matrices` has the names of a and b in the file, and `matrix` is the name of this
+        tensor. Raises ValueError if the model has no such weight, or if the tensor is neither a nor
+        b, has a wrong dtype, or was taken before."""
         if name not in self._shapes or matrix not in matrices:
             raise ValueError(
                 f"tensor {stored.name!r} in {self._file} is not supported: expected "
