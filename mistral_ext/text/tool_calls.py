@@ -20,7 +20,7 @@ from typing import Any
 from mistral_ext.text.constraint import Constraint, closed, guided
 
 MOST_TOOLS = 128  # OpenAI's limit
-ID_LENGTH = 9  # the length of Mistral's ids
+ID_LENGTH = 9  # the number of characters in the id of a call, as Mistral writes it
 ID_CHARACTERS = string.ascii_letters + string.digits
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

@@ -214,8 +214,8 @@ def summary(error: BaseException) -> str:
 
 
 def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
-    """Adds the end tokens of ``generation_config.json``. Fine-tunes often name the token that ends
-    a turn only there."""
+    """Adds the end tokens of ``generation_config.json`` to a configuration. Fine-tunes often name
+    the token that ends a turn only in this file."""
     ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
     if ids is None:
         return config

@@ -55,7 +55,8 @@ def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
 
     Args:
         path_or_hub_id: a path; ``owner/name``; or ``owner/name:file.gguf``.
-        files: the names of files that an adapter may have. They are downloaded.
+        files: the names of files that an adapter may have. Of a hub repository ``owner/name`` only
+            these files are downloaded.
 
     Raises:
         FileNotFoundError: `path_or_hub_id` has the form of a hub id, and neither the hub nor its
