@@ -2,8 +2,8 @@
 
 The comparison shows what a quantisation costs. It gives the Kullback-Leibler divergence of the
 second model's next-token probabilities from the first model's, in nats per token; how often both
-have the same most likely token; and both perplexities. Both models read the same tokens, in pieces
-of the same size.
+models have the same most likely token; and both perplexities. Both models read the same tokens, in
+pieces of the same size.
 
 CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as in
 generation. But some CPUs do so only for up to 8 tokens: x86 CPUs without VNNI for weights in
@@ -33,7 +33,7 @@ class Comparison:
 
     Attributes:
         divergences: [T] float64, KL(first || second) of the prediction after each token, in nats.
-        agrees: [T] bool, whether both have the same most likely token.
+        agrees: [T] bool, whether both models predict the same most likely token after each token.
         nlls: the mean negative log-likelihood of the text's tokens by each model, in nats.
     """
 
@@ -49,11 +49,11 @@ class Comparison:
 
     @property
     def agreement(self) -> float:
-        """The share of tokens after which both have the same most likely token."""
+        """The share of tokens after which both models have the same most likely token."""
         return self.agrees.double().mean().item()
 
     def quantile(self, share: float) -> float:
-        """The divergence that this share of tokens does not exceed."""
+        """The divergence that is not exceeded after this share of the tokens, 0 to 1."""
         return self.divergences.quantile(share).item()
 
 
@@ -70,9 +70,9 @@ def compare(
 
     Args:
         first, second: models with the same tokens. The first is the reference.
-        texts: each text is read after a beginning-of-text token. A model without a window has a
-            limited number of positions. Of a text with more tokens than either model can read,
-            only the first part is read.
+        texts: the texts. Each is read after a beginning-of-text token. A model without a window has
+            a limited number of positions. If a text has more tokens than one of the models can
+            read, only its beginning is read.
         progress: show a progress bar if stderr is a terminal.
         chunk: the number of tokens in a piece. In pieces of up to 8 tokens, activations are rounded
             as in the generation of tokens. The logits of a piece take chunk * vocabulary * 4 bytes
@@ -91,8 +91,8 @@ def compare(
     ids_of_texts = [_same_ids(first, second, text, f"texts[{i}]") for i, text in enumerate(texts)]
     if not ids_of_texts:
         raise ValueError("texts is empty, expected one or more")
-    # Rows beyond the tokenizer's tokens are padding. Models may have different numbers of such
-    # rows.
+    # Rows of the output matrix beyond the tokenizer's tokens are padding. Models may have different
+    # numbers of such rows, so only the logits that both have are compared.
     size = min(llm.config.vocab_size for llm in (first, second))
     divergences, agrees, nlls = [], [], torch.zeros(2, dtype=torch.float64, device="cpu")
     total = sum(len(ids) - 1 for ids in ids_of_texts)
@@ -114,7 +114,8 @@ def compare(
 
 
 def _same_ids(first: Mistral, second: Mistral, text: str, name: str) -> list[int]:
-    """The tokens of a text. Raises an error if the models disagree about them."""
+    """The tokens of a text that both models can read. Raises ValueError if the text is empty or has
+    one token, or if the models encode it to different tokens."""
     if not text:
         raise ValueError(f"{name} is empty, expected some text")
     ids, others = (llm.require_tokenizer().encode(text) for llm in (first, second))
@@ -152,7 +153,7 @@ def write_histogram(comparison: Comparison, path: Path, title: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    # Equal predictions diverge only by rounding errors. A divergence of 0 has no logarithm.
+    # A divergence of 0 has no logarithm. Below 1e-10 divergences are only rounding errors.
     logarithms = comparison.divergences.clamp(min=1e-10).log10()
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

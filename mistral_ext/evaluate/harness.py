@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with our models (extra `[eval]`).
+"""Runs lm-evaluation-harness with our models (extra `[eval]`).
 
     from mistral_ext.evaluate.harness import evaluate
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
 
-# The tokens of a completion if a task sets no number. This is the harness' own default for its
-# models.
+# The most tokens of a completion if a task sets no number. The harness has the same default for its
+# own models.
 _MAX_TOKENS = 256
 
 # Options of sampling that a task may set: the harness' names -> `SamplingParams`' names.
@@ -52,8 +52,8 @@ def evaluate(
             such files hold.
         num_fewshot: the number of examples before each question. None: the number that the task
             sets.
-        limit: the number of questions of each task, or their share if it is below 1. None: all
-            questions.
+        limit: the number of questions of each task, or the share of questions if `limit` is below
+            1. None: all questions.
         chat: whether to put questions in the model's chat template.
         system: a system prompt. None: there is none.
         cache: the prefix of the names of files in which answers are kept. A later call continues
@@ -76,7 +76,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    # The index of the harness' own tasks takes many seconds.
+    # To index the harness' own tasks takes many seconds, so it is done only for tasks by name.
     needs_index = any(isinstance(task, str) and not _is_file(task) for task in tasks)
     manager = TaskManager(
         include_path=None if include is None else str(include), include_defaults=needs_index
@@ -97,7 +97,8 @@ def evaluate(
 
 
 def _task(task: str | dict[str, Any], known: Sequence[str]) -> str | dict[str, Any]:
-    """Converts a task to the form that the harness takes."""
+    """Converts a task to the form that the harness takes. Raises FileNotFoundError or ValueError if
+    there is no such task."""
     if isinstance(task, str) and _is_file(task):
         if not Path(task).is_file():
             raise FileNotFoundError(2, "No such file or directory", task)
@@ -167,8 +168,7 @@ class HarnessModel:
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens that the model can see and predict together, or None if there is no
-        limit."""
+        """The most tokens that the model can read, or None if there is no limit."""
         return self._llm.max_length
 
     @property
@@ -179,7 +179,8 @@ class HarnessModel:
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids of a text.
+        """Returns the token ids of a text. A text that `apply_chat_template` has returned gets the
+        tokens of its conversation.
 
         Args:
             string: the text.
@@ -203,8 +204,9 @@ class HarnessModel:
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Computes the results of requests. A request has texts (or None), the tokens of a context,
-        and the tokens of its continuation."""
+        """Returns the log-probability of each request's continuation, and whether greedy decoding
+        would give it. A request has its texts, the tokens of a context, and the tokens of its
+        continuation. If the texts are None, the result is not kept in the cache."""
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for i, result in likelihoods(self._llm, pairs, self._progress, self._adapter):
@@ -219,8 +221,8 @@ class HarnessModel:
         """The log-probability of whole texts. Each text begins with <s>, which is not predicted.
 
         If the model has no window and a text has more tokens than the model has positions, the text
-        is cut into windows. Each window begins with the last token of the window before, and its
-        tokens see nothing else of that window.
+        is cut into windows. Each window begins with the last token of the window before it. The
+        tokens of a window see no other tokens of earlier windows.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -287,8 +289,8 @@ class HarnessModel:
         return template if isinstance(template, str) else template.source()
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Drops the first tokens of a context if the model cannot see the whole context with its
-        continuation."""
+        """Drops the first tokens of a context if the model cannot read the whole context with its
+        continuation. Returns both."""
         if self.max_length is None:
             return context, continuation
         ids = [*context, *continuation][-(self.max_length + 1) :]

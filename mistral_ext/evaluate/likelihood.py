@@ -1,9 +1,9 @@
 """Measures how likely texts are as continuations of other texts.
 
 Benchmarks with given answers measure this for each answer to a question. Continuations of the same
-context follow each other in the engine, so a long context is read once: later continuations read
-only their own tokens, and the last few tokens of the context again
-(`engine.prefix_cache.LEAST_PIECE`).
+context follow each other in the engine, so that most of a long context is read only once: later
+continuations find it in the prefix cache. They read their own tokens, and the last few tokens of
+the context again (`engine.prefix_cache.LEAST_PIECE`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mistral_ext.text.tokenizer import expect_token_ids
 class Likelihood:
     """The likelihood of a continuation."""
 
-    logprob: float  # natural logarithm of its probability: the sum over its tokens
-    is_greedy: bool  # whether each token is the most likely one
+    logprob: float  # the natural logarithm of the continuation's probability
+    is_greedy: bool  # whether each of its tokens is the most likely token
 
 
 @torch.inference_mode()
@@ -41,8 +41,9 @@ def likelihoods(
 
     Args:
         llm: the model.
-        pairs: token ids of a context and of its continuation, at least one of each. For a model
-            without a window, a pair may have at most one token more than the model has positions.
+        pairs: the token ids of contexts and of their continuations, at least one id of each. For a
+            model without a window, a pair may have at most one token more than the model has
+            positions.
         progress: show a progress bar if stderr is a terminal.
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
@@ -50,8 +51,8 @@ def likelihoods(
         The index of a pair and its result, in the order in which pairs are finished.
 
     Raises:
-        ValueError, TypeError: token ids are wrong, or the model does not write text. In the first
-            case the message names the pair.
+        ValueError, TypeError: the token ids of a pair are wrong or too many (the message names the
+            pair), there is no such adapter, or the model does not write text.
     """
     llm.expect_writer()
     for i, (context, continuation) in enumerate(pairs):
@@ -63,7 +64,7 @@ def likelihoods(
                 f"pairs[{i}] has {count} tokens to read, expected {llm.max_length} or fewer, the "
                 "positions that the model was trained for (max_positions)"
             )
-    # In this order, neighbours share the longest beginnings.
+    # The pairs are sorted, so that neighbours share the longest beginnings.
     order = sorted(range(len(pairs)), key=lambda i: [*pairs[i][0], *pairs[i][1]])
     targets = {i: torch.tensor(pairs[i][1], device=llm.model.device) for i in order}
     totals = dict.fromkeys(order, (0.0, True))
@@ -95,8 +96,8 @@ def _request(
 
 
 def _measure(logits: Tensor, ids: Tensor) -> tuple[float, bool]:
-    """The log-probability of tokens [n], given the logits [n, V] before each of them, and whether
-    each token is the most likely one."""
+    """The log-probability of tokens [n] that were predicted by the logits [n, V], and whether each
+    token is the most likely one."""
     if not len(ids):
         return 0.0, True
     logprobs = logits.log_softmax(dim=1).gather(1, ids[:, None])

@@ -1,4 +1,5 @@
-"""Measures how well a model moderates: `Mistral.moderate` on contents whose category is known."""
+"""Measures how well a model moderates. `Mistral.moderate` judges contents whose category is
+known."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class Case:
 
     Attributes:
         content: a text, or messages, of which the last one is judged.
-        expected: one of `LABELS`, or `FLAGGED`.
-        place: where the content was read, for error messages.
+        expected: one of `LABELS`, or `FLAGGED` if only this is known.
+        place: the file and line of the content, for error messages.
     """
 
     content: str | Sequence[Mapping[str, Any]]
@@ -39,29 +40,31 @@ class Confusion:
     """Counts how often the model gave each category to contents of each known category.
 
     Attributes:
-        counts: the number of contents for each (expected, found). `found` is one of `LABELS`.
+        counts: the number of contents for each pair (expected, found). `expected` is that of
+            `Case`. `found` is the model's category, one of `LABELS`.
     """
 
     counts: Mapping[tuple[str, str], int]
 
     def precision(self, label: str) -> float | None:
-        """The share of the contents found to be `label` that really are. Returns None if no content
-        was found to be `label`.
+        """Of the contents that the model found to be `label`, the share that really are `label`.
+        Returns None if there are no such contents.
 
-        If a content is known only as flagged, its category is unknown, so it does not count for any
-        category.
+        A content whose expected category is only `FLAGGED` does not count for a single category,
+        because its category is not known.
         """
         unknown = 0 if label in (ACCEPTABLE, FLAGGED) else self.counts.get((FLAGGED, label), 0)
         return _share(self._both(label), self._count(found=label) - unknown)
 
     def recall(self, label: str) -> float | None:
-        """The share of the contents that are `label` that the model found to be. Returns None if no
-        content is `label`."""
+        """Of the contents that really are `label`, the share that the model found to be `label`.
+        Returns None if there are no such contents."""
         return _share(self._both(label), self._count(expected=label))
 
     @property
     def labels(self) -> list[str]:
-        """`ACCEPTABLE` and `FLAGGED`, and the categories if the contents have them."""
+        """`ACCEPTABLE`, `FLAGGED`, and those of the other `LABELS` that are expected for at least
+        one content."""
         expected = {pair[0] for pair in self.counts}
         return [ACCEPTABLE, FLAGGED, *(x for x in LABELS if x in expected - {ACCEPTABLE})]
 
@@ -83,12 +86,12 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """Reads contents from a file. Each line is a JSON object with "text" or "messages", and with
-    "category", one of `LABELS`, or "flagged", true or false. Messages have role and content.
+    """Reads contents from a file. Each line is a JSON object with "text" or "messages". It also has
+    "category" (one of `LABELS`) or "flagged" (true or false). Messages have role and content.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or a line is wrong. The message names the
-            line.
+        OSError, ValueError: the file cannot be read, has no contents, or has a wrong line. The
+            message names the line.
     """
     cases = []
     for number, line in enumerate(read_text_file(path).splitlines(), 1):
@@ -143,8 +146,9 @@ def moderate(
         The index of a case and the model's judgement, in the order in which cases are finished.
 
     Raises:
-        ValueError: the model cannot read a content, for instance because it is too long. This is
-            checked before any content is read. The message names the content's place.
+        ValueError: the model cannot read a content, for instance because the content is too long.
+            All contents are checked before the first is read. The message names the content's
+            place.
     """
     requests = [_request(llm, case, adapter) for case in cases]
     with tqdm(total=len(cases), unit="contents", disable=None if progress else True) as bar:
@@ -162,7 +166,7 @@ def _request(llm: Mistral, case: Case, adapter: str | None) -> Request:
 
 
 def confusion(cases: Sequence[Case], found: Sequence[Moderation]) -> Confusion:
-    """Counts the judgements of all cases."""
+    """Counts judgements. `found` has one for each case, in the same order."""
     counts: dict[tuple[str, str], int] = {}
     for case, moderation in zip(cases, found, strict=True):
         pair = case.expected, moderation.category

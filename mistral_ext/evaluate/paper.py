@@ -1,8 +1,9 @@
 """Runs the benchmarks of Mistral 7B's publication, and compares the results with the published
-ones.
+results.
 
 The published numbers are those of "Mistral 7B" (arXiv:2310.06825, table 2) and of an early model
-card. The card has more decimals, and its GSM8K and MATH have one answer to each question, as here.
+card. The card has more decimals. Its numbers for GSM8K and MATH are for one answer to each
+question, as here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Benchmark:
         metric: the metric of the task that is compared.
         shots: the number of examples before each question.
         paper, card: the percentages in the paper and in the model card. `paper` is None if the
-            paper's number is for the majority of several answers.
+            paper's number is for the majority of several answers, which is not measured here.
         runs_code: whether the task runs programs that the model writes.
     """
 
@@ -57,15 +58,15 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of a model in a benchmark, in percent."""
+    """The result of a model in a benchmark. All numbers are in percent."""
 
     benchmark: Benchmark
     value: float
-    error: float | None  # standard error; None if the harness gives none
+    error: float | None  # the standard error; None: the harness does not give it
 
     @property
     def difference(self) -> float:
-        """The difference to the model card's number."""
+        """The result minus the model card's number."""
         return self.value - self.benchmark.card
 
 
@@ -85,8 +86,12 @@ def measure(
         run_code: as in `evaluate`.
         options: more arguments of `evaluate`.
 
+    Yields:
+        The results, in the order in which the benchmarks are finished.
+
     Raises:
-        ValueError: a task is not in the table, or runs code without run_code.
+        ValueError: a task is not in the table, or runs code without run_code. Or as in `evaluate`.
+        ImportError: lm_eval is missing.
     """
     chosen = choose(tasks, run_code)
     for shots, group in itertools.groupby(chosen, key=lambda b: b.shots):
@@ -103,6 +108,9 @@ def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
 
     Args:
         tasks, run_code: as in `measure`.
+
+    Raises:
+        ValueError: a task is not in the table, or runs code without run_code.
     """
     by_task = {b.task: b for b in PUBLISHED}
     for task in tasks or ():
@@ -118,8 +126,9 @@ def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
 
 
 def _percent(results: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """A metric in the harness' results for a task, and its standard error. The harness names a
-    metric by its name and the name of a filter. The first filter is the task's own."""
+    """A metric in the harness' results for a task, and its standard error, in percent. In these
+    results a key is the name of a metric, a comma and the name of a filter. The first filter is the
+    task's own. The standard error is None if the harness does not give it."""
     for name, value in results.items():
         if name.split(",")[0] != metric:
             continue

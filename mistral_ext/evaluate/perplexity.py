@@ -1,13 +1,13 @@
-"""Perplexity: how well a model predicts a text.
+"""Measures perplexity: how well a model predicts a text.
 
-Perplexity is exp of the mean negative log-likelihood of the text's tokens. Each token is predicted
-from all earlier tokens that the model can see. The measurement is exact: a text goes through the
-ring cache once, in chunks, so every token sees its whole window, wherever a chunk begins. There are
-no strides, and no restarts that would have to predict with a short context. Perplexities can be
-compared only between models with the same tokenizer.
+Perplexity is exp of the mean negative log-likelihood of the text's tokens. A text goes through the
+ring cache once, in chunks, so every token is predicted with its whole window, wherever a chunk
+begins. There are no strides or restarts, after which tokens would be predicted with a short
+context. Perplexities can be compared only between models with the same tokenizer.
 
 A model without a window has `max_positions` positions. A longer text is cut into segments of that
-length. Each segment starts with its own beginning-of-text token, and does not see other segments.
+length. Each segment starts with its own beginning-of-text token, and its tokens do not see other
+segments.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from mistral_ext.text.tokenizer import expect_token_ids
 class Perplexity:
     """The result for one or several texts together."""
 
-    tokens: int  # predicted tokens: all except the first of each segment
-    segments: int  # sequences read: one for each text, or more if texts were cut
-    nll: float  # mean negative log-likelihood of a token, in nats
-    seconds: float  # wall clock
+    tokens: int  # the number of predicted tokens: all except the first of each segment
+    segments: int  # the number of sequences: one for each text, or more if texts were cut
+    nll: float  # the mean negative log-likelihood of a predicted token, in nats
+    seconds: float  # the time of the measurement by the wall clock
 
     @property
     def value(self) -> float:
@@ -42,7 +42,7 @@ class Perplexity:
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
+        """The number of predicted tokens per second."""
         return self.tokens / self.seconds
 
 
@@ -60,9 +60,11 @@ def perplexity(
 
     Args:
         llm: the model. It reads up to llm.prefill_chunk tokens in one pass.
-        texts: a text, or several texts or lists of token ids. A beginning-of-text token comes
-            before each of them and is not predicted.
-        max_tokens: the number of first tokens of each text to predict. None: all tokens.
+        texts: a text, or a list of texts and of lists of token ids. A beginning-of-text token comes
+            before each text and is not predicted. (Some tokenizers put no such token before a text.
+            Then the first token of the text is not predicted.)
+        max_tokens: only this many tokens at the beginning of each text are measured. None: all
+            tokens are measured.
         progress: show a progress bar if stderr is a terminal.
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
@@ -73,7 +75,7 @@ def perplexity(
     llm.expect_writer()
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more")
-    sequences = []  # token ids; all except the first of each are predicted
+    sequences = []  # lists of token ids, in which all ids except the first are predicted
     start = llm.tokenizer.start if llm.tokenizer else [llm.config.bos_id]
     for i, text in enumerate([texts] if isinstance(texts, str) else texts):
         ids = _token_ids(llm, text, f"texts[{i}]")[:max_tokens]

@@ -22,10 +22,10 @@ from pathlib import Path
 
 _RUNNER = Path(__file__).with_name("run_program.py")
 
-SECONDS = 5  # of processor time; a program that waits may take _WALL times as long
-MEMORY = 2**30  # bytes
-_WALL = 4
-_REPORT = 200  # the most bytes of a report
+SECONDS = 5  # the seconds of processor time that a program may take
+MEMORY = 2**30  # the most bytes of the program's address space
+_WALL = 4  # by the wall clock a program may take this many times as many seconds
+_REPORT = 200  # the most bytes of a report that are read
 
 PASSED = "passed"
 OUT_OF_TIME = "out of time"
@@ -70,7 +70,7 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
         finally:
             end.cancel()
             end.join()
-            _kill(process)  # before `wait`: after it another process may get the id
+            _kill(process)  # before `wait`, after which another process may get this one's id
         if process.wait() in (-signal.SIGXCPU, -signal.SIGKILL):
             return OUT_OF_TIME
         report.seek(0)
@@ -80,8 +80,9 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[str]:
-    """Makes an empty folder. If the program leaves files that cannot be removed, such as folders
-    nested deeper than Python can handle, they stay, and the evaluation continues."""
+    """Makes an empty folder, and removes it after the block. Files that cannot be removed, such as
+    folders nested deeper than Python can handle, stay without an error, so that the evaluation
+    continues."""
     folder = tempfile.mkdtemp()
     try:
         yield folder

@@ -2,9 +2,10 @@
 script and not as a module. The arguments are the limits, the size of the program in bytes and the
 size of a key in bytes. The program and the key come from the input.
 
-The program has passed if it runs to its end. Only then does this file report so, together with the
-key. A program that ends the process earlier, even by `exit(0)`, has not passed. The key is read
-after the program has run. So a program could get the key only if it searched the open files for it.
+A program passes if it runs to its end. This file then reports the key and "passed". If the program
+ends earlier, even by `exit(0)`, this file reports the key and a failure, or nothing if the process
+itself has ended. The key is read only after the program has run. So a program could get the key,
+and report that it has passed, only if it searched the open files for the key.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def main() -> None:
 
 
 def _read(file: int, size: int) -> bytes:
-    """Reads `size` bytes, or fewer at the end of the file. A buffered file would read more."""
+    """Reads `size` bytes, or fewer at the end of the file. (A buffered file would read more, and so
+    read the key too early.)"""
     data = b""
     while len(data) < size and (more := os.read(file, size - len(data))):
         data += more

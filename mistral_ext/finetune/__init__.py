@@ -1,4 +1,4 @@
-"""Fine-tuning: trains LoRA adapters. The model's own weights, in whatever format, do not change.
+"""Trains LoRA adapters. The model's own weights, in whatever format, do not change.
 
 The trainer is imported when it is first used, so that the command line can read the options without
 importing torch.

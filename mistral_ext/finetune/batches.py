@@ -14,16 +14,16 @@ from mistral_ext.ops.cross_entropy import IGNORED
 
 
 class Pass(NamedTuple):
-    """Samples that go through the model at once. Each sample is a sequence, so no sample sees
-    another.
+    """Samples that go through the model at once. Each sample is a sequence, so its tokens do not
+    see other samples.
 
     The last token of a sample is only a target, and is not read.
     """
 
-    token_ids: Tensor  # [T] int64
-    sequences: Tensor  # [S, 5] int64, the sequence table, of sequences without rings
-    targets: Tensor  # [T] int64, the token that follows, or IGNORED
-    weights: Tensor  # [T] float32, factor of the loss of each target
+    token_ids: Tensor  # [T] int64, the tokens that are read
+    sequences: Tensor  # [S, 5] int64, the sequence table (`ops`), of sequences without a cache
+    targets: Tensor  # [T] int64, the token after each, or IGNORED if it has no loss
+    weights: Tensor  # [T] float32, the factor of the loss of each target
 
     def to(self, device: torch.device) -> Pass:
         return Pass(*(part.to(device) for part in self))
@@ -37,6 +37,8 @@ def step_samples(n_samples: int, batch_size: int, step: int, seed: int) -> list[
     """Returns the numbers of the samples that a step reads.
 
     Args:
+        n_samples: the number of samples of the data.
+        batch_size: the number of samples in a step. The last step of an epoch may have fewer.
         step: the number of the step, from 0, counted over all epochs.
         seed: the seed for the order of the samples, which differs in each epoch.
     """
@@ -49,8 +51,9 @@ def step_samples(n_samples: int, batch_size: int, step: int, seed: int) -> list[
 
 
 def passes(samples: Sequence[Sample], most_tokens: int) -> list[Pass]:
-    """Packs samples into few passes of up to `most_tokens` tokens. The longest sample comes first.
-    Each sample goes into the first pass that has room for it."""
+    """Packs samples into few passes of up to `most_tokens` tokens. The samples are taken in the
+    order of their lengths, the longest first. Each goes into the first pass that has room for
+    it."""
     bins: list[list[Sample]] = []
     room: list[int] = []
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: folders that are either complete or absent.
+"""Writes and reads checkpoints of a training run: folders that are either complete or absent.
 
-A checkpoint has the files of an adapter, so that the adapter can be tried. It also has the state of
-the optimiser, and the progress of the run.
+A checkpoint has the files of the adapter, so that the adapter can be tried. The checkpoint also has
+the state of the optimiser, and the progress of the run.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class Progress:
 
     Attributes:
         step: the number of finished steps.
-        best_loss: the lowest loss of the evaluations after the first step. None: there was none.
+        best_loss: the lowest held-out loss that was measured after at least one step. None: no such
+            loss was measured.
         without_gain: the number of evaluations since the evaluation with the lowest loss.
-        evaluated: the step after which the last evaluation was made. -1: there was no evaluation.
+        evaluated: the number of steps that were finished at the last evaluation. -1: there was no
+            evaluation.
     """
 
     step: int = 0
@@ -58,11 +60,15 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     base: str,
 ) -> Path:
-    """Writes `output`/checkpoint-N, and then removes the other checkpoints.
+    """Writes `output`/checkpoint-N for step N, and then removes the other checkpoints. Returns the
+    folder.
 
     Args:
+        output: the folder of the run.
         progress: the progress of the run.
-        run: the values that a resumed run must share with this run, as JSON.
+        run: the values that a resumed run must share with this run. They can be written as JSON.
+        adapter: the adapter.
+        optimizer: the optimiser of the adapter's matrices.
         base: the name of the model, for people who read the files.
     """
     target = output / f"checkpoint-{progress.step:06}"
@@ -82,8 +88,8 @@ def write_checkpoint(
 
 
 def base_digest(model: Transformer) -> str:
-    """A hash of the formats of a layer and of some weights, which is enough to distinguish
-    models."""
+    """A hash of the formats of the first layer's weights and of some values, which is enough to
+    distinguish models."""
     layer = model.layers[0]
     hashed = hashlib.sha256(_bytes(model.norm))
     for weights in (layer.qkv, [layer.wo], layer.gate_up, [layer.w2]):
@@ -142,7 +148,7 @@ def read_checkpoint(
 
 
 def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of AdamW's state, by names. Before the first step they are 0."""
+    """The tensors of AdamW's state, by names. They are 0 if there was no step yet."""
     moments = {}
     for name, parameter in adapter.parameters.items():
         state = optimizer.state.get(parameter, {})

@@ -1,14 +1,14 @@
-"""Training data: JSON lines of texts or conversations. They are checked and encoded to tokens.
+"""Reads training data: JSON lines with texts or conversations, which are checked and encoded.
 
 A line is an object with "text", or with "messages" and perhaps "tools":
 
     {"text": "Once upon a time ..."}
     {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
 
-A text is trained on as a whole, and ends with the end-of-text token. In a conversation only the
-assistant's messages are trained on, each after the prompt that `Mistral.chat` would make for it. An
-assistant's message may have a "weight", the factor of its loss. The weight is a number from 1e-6 to
-1e6, or 0 if the message is only read.
+A text is trained on as a whole, and the end-of-text token is appended to it. In a conversation only
+the assistant's messages are trained on, each after the prompt that `Mistral.chat` would make for
+it. An assistant's message may have a "weight", the factor of its loss: a number from 1e-6 to 1e6,
+or 0 if the message is only read. Without a "weight" the factor is 1.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from mistral_ext.text.reply import encode_reply
 
 
 class Sample(NamedTuple):
-    """Tokens that are read one after another. They do not see tokens of other samples."""
+    """A sequence of tokens for training, which do not see tokens of other samples."""
 
     ids: Tensor  # [n] int32, n >= 2
-    weights: Tensor  # [n] float32, factor of each token's loss; 0: the token is only read
+    weights: Tensor  # [n] float32, the factor of each token's loss; 0: the token is only read
 
     @property
     def prompt(self) -> list[int]:
@@ -51,8 +51,8 @@ def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sampl
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is wrong, and the message begins with the file and the line; or there are
-            no samples, or the file is a pointer of git-lfs.
+        ValueError: a line is wrong, there are no samples, or the file is a pointer of git-lfs. If a
+            line is wrong, the message begins with the file and the number of the line.
     """
     path = Path(path)
     refuse_lfs_pointer(path)
@@ -118,9 +118,9 @@ class _Reader:
         return self._sample(ids, [0.0] + [1.0] * (len(ids) - 1))
 
     def _of_messages(self, messages: Any, tools: Any) -> Iterator[Sample]:
-        """Yields one sample, if the template writes earlier turns in the same way when more turns
-        follow. If not (it may, for instance, move the system prompt to the last turn), yields a
-        sample for each turn."""
+        """Yields the samples of a conversation. Turns share a sample as long as the template writes
+        earlier turns in the same way when more turns follow. If it does not (it may, for instance,
+        move the system prompt to the last turn), a new sample begins."""
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise TypeError(f"messages is {messages!r:.60}, expected a list of objects")
         factors = [_weight(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -171,7 +171,8 @@ class _Reader:
 
 
 def _weight(message: Mapping[str, Any], name: str) -> float:
-    """The factor of the loss of a message's tokens."""
+    """The factor of the loss of a message's tokens: its "weight", or else 1 for the assistant's
+    messages and 0 for others. Raises ValueError if the "weight" is wrong."""
     is_reply = message.get("role") == "assistant"
     if "weight" not in message:
         return float(is_reply)
@@ -179,7 +180,8 @@ def _weight(message: Mapping[str, Any], name: str) -> float:
     if not is_reply:
         raise ValueError(f"{name} has a weight, expected none: only the assistant's messages train")
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    # Other weights would be 0 or infinite in float32, or outweigh the other samples of a step.
+    # Smaller or larger weights could become 0 or infinite in float32, or outweigh all other samples
+    # of a step.
     if not is_number or not (weight == 0 or 1e-6 <= weight <= 1e6):
         raise ValueError(
             f"{name} has weight {weight!r:.60}, expected 0, or a number from 1e-6 to 1e6"

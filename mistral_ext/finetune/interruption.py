@@ -1,5 +1,5 @@
-"""Turns Ctrl-C, SIGTERM and SIGHUP into requests, so that a run ends at a point where nothing is
-half done."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into requests to end, so that a training run ends at a point
+where nothing is half done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Interruption:
-    """In this context the first signal only sets a flag. A second signal has its usual effect.
+    """A context in which the first signal only sets a flag. A second signal has its usual effect.
 
     Signals that are ignored stay ignored, for instance SIGHUP under nohup. In threads other than
     the main thread the context has no effect, because only the main thread may handle signals.

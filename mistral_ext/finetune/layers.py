@@ -1,7 +1,8 @@
-"""The model in training: whole samples without a cache, with gradients for an adapter.
+"""Runs the model in training: on whole samples without a cache, with gradients for an adapter.
 
 The model's own weights have no gradients, and may have any format. The intermediate results of a
-layer are computed again for its gradients, so only the input of each layer stays in memory.
+layer are computed a second time for its gradients, so that only the input of each layer has to stay
+in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Pair = tuple[Tensor, Tensor]  # a [rank, K] and b [N, rank], both float32
 
 
 class TrainedAdapter:
-    """The learned matrices, in float32.
+    """An adapter whose matrices are learned, in float32. The update of a weight is scale * b @ a.
 
     Attributes:
         pairs: a and b of each weight with an update, by names such as "layers.0.attention.wq".
@@ -51,7 +52,12 @@ class TrainedAdapter:
         """Makes an adapter that changes nothing yet: a is random, as in peft, and b is 0.
 
         Args:
+            config: the configuration of the model.
+            rank: the rank of the updates.
+            scale: the factor of b @ a.
             targets: the linear layers of each block that get an update, such as "wq".
+            seed: the seed for the random numbers.
+            device: the device of the matrices.
         """
         generator = torch.Generator().manual_seed(seed)
         pairs = {}
@@ -83,7 +89,8 @@ class TrainedAdapter:
         }
 
     def of_layer(self, layer: int, group: str) -> list[Pair | None]:
-        """The matrices of the weights in one of `GROUPS`."""
+        """The matrices of each weight in a group (`GROUPS`) of a layer. None: the weight has no
+        update."""
         return [self.pairs.get(f"layers.{layer}.{name}") for name in GROUPS[group]]
 
 
@@ -105,14 +112,15 @@ def loss(model: Transformer, adapter: TrainedAdapter, batch: Pass) -> Tensor:
     return summed
 
 
+# A function that multiplies an input by the weights of a group, whose name comes last.
 Product = Callable[[Tensor, Weight | Weights, str], Tensor]
 
 
 def _block(
     model: Transformer, layer: Layer, product: Product, sequences: Tensor, h: Tensor
 ) -> Tensor:
-    """Runs one layer: [T, E] to [T, E]. `transformer.Transformer.step` does the same with a
-    cache."""
+    """Runs one layer on hidden states [T, E], and returns those after it, [T, E].
+    `transformer.Transformer.step` does the same with a cache."""
     config = model.config
     heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
     x = ops.rms_norm(h, layer.attention_norm, config.norm_eps)
@@ -130,8 +138,8 @@ def _block(
 def _adapted(
     adapter: TrainedAdapter, layer: int, x: Tensor, weight: Weight | Weights, group: str
 ) -> Tensor:
-    """Returns [T, N]: the products of x with the weights of a group, plus the update of the
-    adapter."""
+    """Returns [T, N]: the products of x with the weights of a group, plus those of x with the
+    adapter's updates of these weights."""
     out = ops.linear(x, weight)
     pairs = adapter.of_layer(layer, group)
     if not any(pairs):

@@ -1,4 +1,5 @@
-"""The reports of a run: JSON lines, TensorBoard, and a plot of the losses."""
+"""Reports the metrics of a training run: as JSON lines, for TensorBoard, and as a plot of the
+losses."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ PLOT = "loss.png"
 
 
 class Metrics:
-    """The metrics of a run. They are appended to `folder`/metrics.jsonl as they come.
+    """Writes the metrics of a run. They are appended to `folder`/metrics.jsonl as they come.
 
     Args:
         folder: the folder of the run.
-        step, evaluated: the attributes of the run's `Progress`. Lines of later steps and
-            evaluations are removed from the file.
-        tensorboard: whether to write also for TensorBoard, into `folder`/tensorboard.
+        step, evaluated: as in the run's `Progress`. Lines of later steps and evaluations are
+            removed from the file, because a resumed run makes these steps again.
+        tensorboard: whether to write the metrics also for TensorBoard, into `folder`/tensorboard.
 
     Raises:
         ImportError: tensorboard is asked for and missing.
@@ -85,8 +86,8 @@ def expect_tensorboard() -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a file. Skips a last line that was cut off, for instance by a loss of
-    power."""
+    """Reads the lines of a file. Stops at the first line that is not JSON, such as a last line that
+    a loss of power has cut off. Returns an empty list if there is no file."""
     if not path.exists():
         return []
     rows = []

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-# Mistral's names of the linear layers of a block. They are those of model.adapters.GROUPS, but that
-# module imports torch.
+# Mistral's names of the linear layers of a block. model.adapters.GROUPS has the same names, but its
+# module imports torch, which the command line should not need to read options.
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 
 
@@ -18,30 +18,32 @@ class TrainingOptions:
 
     Args:
         rank: the rank of the two matrices that are learned for each weight.
-        alpha: a factor: the update of a weight is alpha / rank * B A. None: alpha is 2 * rank.
+        alpha: the update of a weight is alpha / rank * B A. None: alpha is 2 * rank.
         targets: the weights of each layer that get an update: some of wq, wk, wv, wo, w1, w3 and
             w2.
         epochs: the number of passes over the data.
-        max_steps: the number of steps after which the run ends. None: it ends after the epochs.
+        max_steps: the most steps of the run. The run ends after them even if the epochs have more
+            steps. None: the run ends after the epochs.
         batch_size: the number of samples in a step. The loss of a step is the mean over its tokens,
-            weighted by `weight`, however the tokens are divided into passes.
+            weighted by `weight` in the data, however the tokens are divided into passes.
         tokens_per_pass: the most tokens that go through the model at once, and the most tokens of a
-            sample. It determines the memory that is needed. What is learned changes only by
-            rounding.
-        learning_rate: the highest learning rate. The rate rises to it in a straight line, and then
-            falls to 0 as a cosine.
+            sample. This number determines the memory that is needed. It changes what is learned
+            only by rounding.
+        learning_rate: the highest learning rate. The rate rises to this one in a straight line, and
+            then falls to 0 as a cosine.
         warmup: the share of the steps in which the learning rate rises, 0 to 1.
         weight_decay: the weight decay of AdamW.
         betas: the two betas of AdamW.
-        max_grad_norm: the greatest norm of the gradients. Greater gradients are scaled down to this
-            norm. None: they are not scaled.
-        eval_every: the number of steps between two evaluations. None: an epoch lies between them.
-        patience: the number of evaluations in a row without a new lowest loss after which the run
-            ends. It needs held-out data. None: the run does not end early.
-        checkpoint_every: the number of steps between two checkpoints. None: an epoch lies between
-            them.
-        sample_tokens: the number of tokens of the text that the model writes at each evaluation. 0:
-            it writes no text.
+        max_grad_norm: the greatest norm of the gradients. If the norm is greater, the gradients are
+            scaled down to this norm. None: they are not scaled.
+        eval_every: the number of steps between two evaluations. None: an evaluation follows each
+            epoch.
+        patience: the run ends after so many evaluations in a row without a new lowest loss. This
+            needs held-out data. None: the run does not end early.
+        checkpoint_every: the number of steps between two checkpoints. None: a checkpoint follows
+            each epoch.
+        sample_tokens: the most tokens of the text that the model writes at each evaluation. 0: it
+            writes no text.
         seed: the seed for the first values of the adapter and for the order of the samples.
         tensorboard: whether to write the metrics also for TensorBoard.
 
@@ -125,8 +127,8 @@ class TrainingOptions:
 
 
 def _is_number(value: object, above: float | None = None) -> bool:
-    """Whether a value is a finite int or float: greater than `above`, or 0 or more if `above` is
-    None."""
+    """Whether a value is a finite int or float and greater than `above`. If `above` is None, it
+    must be 0 or greater."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return (value >= 0 if above is None else value > above) and value <= sys.float_info.max

@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""Computes the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, highest: float) -> float:
-    """The learning rate rises in a straight line during warm-up, then falls to 0 as a cosine.
+    """Returns the learning rate of a step. During warm-up the rate rises in a straight line, and
+    then it falls to 0 as a cosine.
 
     Args:
-        step: the number of this step, from 0.
+        step: the number of the step, from 0.
         steps: the number of steps in the run.
-        warmup_steps: the number of warm-up steps. The first step has the rate highest /
+        warmup_steps: the number of warm-up steps. The first of them has the rate highest /
             warmup_steps.
         highest: the rate at the end of warm-up.
 

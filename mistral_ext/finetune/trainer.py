@@ -38,8 +38,8 @@ from mistral_ext.weights.new_folder import expect_free, sync_files, sync_names
 
 _log = logging.getLogger("mistral_ext")
 
-_SAMPLE_NAME = "being trained"  # the name of the adapter while it writes a sample of text
-_PART = "adapter.part-"  # prefix of temporary folders for the files of an adapter
+_SAMPLE_NAME = "being trained"  # the name of the adapter while the model writes a text with it
+_PART = "adapter.part-"  # the prefix of temporary folders for the files of an adapter
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class TrainingResult:
 
     Attributes:
         output: the folder with the adapter.
-        steps: the number of finished steps, fewer than planned if `patience` ended the run.
-        eval_loss: the lowest held-out loss, which is the loss of the adapter. None: there is no
-            held-out data.
+        steps: the number of finished steps. If `patience` ended the run, they are fewer than
+            planned.
+        eval_loss: the lowest held-out loss, which is that of the adapter in `output`. None: there
+            is no held-out data.
     """
 
     output: Path
@@ -59,10 +60,10 @@ class TrainingResult:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Is raised when Ctrl-C, SIGTERM or SIGHUP has ended a run, after its state was saved.
+    """Is raised when Ctrl-C, SIGTERM or SIGHUP has ended a run, after the run's state was saved.
 
     Attributes:
-        checkpoint: the folder from which a Trainer with `resume=True` continues.
+        checkpoint: the folder with the state, from which a Trainer with `resume=True` continues.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -77,11 +78,11 @@ class Trainer:
     The constructor checks all input, before `train` begins. `output` becomes a folder with the
     adapter in peft's format, which `Mistral.load_adapter` and peft load; metrics.jsonl, with the
     metrics of each step; loss.png, if matplotlib is installed; and the newest checkpoint. With
-    held-out data the adapter is that of the evaluation with the lowest loss, else that of the last
-    step.
+    held-out data the adapter is that of the evaluation with the lowest loss. Without such data it
+    is that of the last step.
 
-    On the CPU, interrupting and resuming a run does not change a bit of the adapter, if the number
-    of threads is the same.
+    On the CPU a run that was interrupted and resumed gives the same bits of the adapter as a run
+    that was not, if the number of threads is the same.
 
     Args:
         llm: the model, in bfloat16 or float32.
@@ -94,8 +95,8 @@ class Trainer:
         options: the fields of `TrainingOptions`.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, TypeError, ImportError: the message names
-            the file and line, or the option.
+        FileNotFoundError, FileExistsError, ValueError, TypeError, ImportError: a file or an option
+            is wrong or missing. The message names the file and line, or the option.
     """
 
     def __init__(
@@ -168,10 +169,10 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C, SIGTERM or SIGHUP came. The state was saved first.
-            RuntimeError: a loss or a gradient is not finite. The last checkpoint stays.
+            RuntimeError: a loss or a gradient is not finite. The last checkpoint is kept.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        for left in self.output.glob(f"{_PART}*"):  # left by a run that was killed
+        for left in self.output.glob(f"{_PART}*"):  # a run that was killed has left it
             shutil.rmtree(left)
         progress = self._progress
         disable = None if self._show_progress else True
@@ -207,7 +208,8 @@ class Trainer:
         return step % (every or self._steps_of_epoch) == 0 or step == self.steps
 
     def _goes_on(self, metrics: Metrics, interruption: Interruption) -> bool:
-        """Evaluates and saves, if it is time. Returns whether another step follows."""
+        """Evaluates, and saves a checkpoint, if either is due. Returns whether another step
+        follows."""
         progress, options = self._progress, self.options
         if self._is_due(options.eval_every) and progress.evaluated < progress.step:
             self._evaluate(metrics, interruption)
@@ -260,8 +262,8 @@ class Trainer:
         return math.ceil(self.options.warmup * self.steps)
 
     def _evaluate(self, metrics: Metrics, interruption: Interruption) -> None:
-        """Measures the held-out loss, keeps the adapter if it is the best so far, and lets the
-        model write a text."""
+        """Measures the held-out loss, writes the adapter to the output if its loss is the lowest so
+        far, and lets the model write a text."""
         progress = self._progress
         if self._eval_passes:
             value = self._eval_loss(interruption)
@@ -305,8 +307,8 @@ class Trainer:
         return completion.text or ""
 
     def _writer(self) -> Mistral:
-        """The model with a cache for one text. The usual cache would keep the memory that training
-        needs. This cache is freed after the text."""
+        """Returns the model with a new, small cache, which is freed when the text is written. The
+        model's usual cache would keep memory that training needs."""
         llm = self._llm
         writer = Mistral(
             llm.config,
@@ -317,7 +319,7 @@ class Trainer:
             cache_tokens=len(self._sample_prompt) + self.options.sample_tokens,
             sampling_defaults=llm.sampling_defaults,
         )
-        writer.adapters = llm.adapters  # shared, so that each adapter has its own slot
+        writer.adapters = llm.adapters  # the same table, so that no two adapters get the same slot
         return writer
 
     def _write_adapter(self) -> None:
@@ -353,8 +355,8 @@ class Trainer:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """In this block products keep the precision of activations, because rounded activations have no
-    gradient."""
+    """In this block the products of weights and activations do not round the activations, because
+    rounding has no gradient."""
     before = ops.exact_products()
     ops.set_exact_products(True)
     try:

@@ -8,15 +8,16 @@
 
 `register` adds the attention function "mistral_ext" and its mask function. They support causal
 models with grouped-query attention, with or without a sliding window: Mistral, Llama and similar
-models. The head dimension must be one of `ops.head_dims(device)`. Padding may be anywhere,
-sequences may be packed (transformers recognises them by position_ids that start again), and caches
-may be dynamic, static or sliding. As in FlashAttention 2, a window counts tokens and not the
-padding between them, and the outputs of padding are arbitrary.
+models. The head dimension must be one of `ops.head_dims(device)`. Padding may be anywhere.
+Sequences may be packed (transformers recognises them by position_ids that start again). Caches may
+be dynamic, static or sliding. As in FlashAttention 2, a window counts tokens and not the padding
+between them, and the outputs at padding are arbitrary.
 
 Models can be trained with this attention if a call has whole sequences, without keys of earlier
-calls. With such keys a gradient raises RuntimeError: call the model in `torch.no_grad()`. The
-lengths of sequences are read from the mask, so `torch.compile(fullgraph=True)` is not possible.
-(For `generate` with a static cache on a GPU, set `disable_compile=True`.)
+calls. If there are keys of earlier calls, a tensor that requires a gradient raises RuntimeError:
+call the model in `torch.no_grad()`. The lengths of sequences are read from the mask, so
+`torch.compile(fullgraph=True)` is not possible. (For `generate` with a static cache on a GPU, set
+`disable_compile=True`.)
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 NAME = "mistral_ext"
 
-# A sequence in a row of the batch: keys [begin, end).
+# The place of a sequence in a row of the batch: its keys are [begin, end).
 Span = tuple[int, int]
 
 
@@ -72,16 +73,18 @@ def document_mask(
             more keys than there are tokens.
         q_offset, kv_offset: the positions of the first new token and of the first key.
         mask_function: a function of (row, head, query, key). It says whether a query sees a key.
+            None: each row is one sequence.
         attention_mask: [B, keys] bool, False at padding. None: there is no padding.
-        use_vmap: whether `mask_function` has parts that the caller of the model has added.
+        use_vmap: whether the model or its caller has added conditions to `mask_function`.
         device: the device of the result.
 
     Returns:
-        [B, K] int64: for each key up to the last new token, the number of its sequence, from 1 on,
-        and 0 for padding. None: each row is one sequence of kv_length keys.
+        [B, K] int64, for each key up to the last new token the number of the key's sequence, from
+        1 on, or 0 for padding. None: each row is one sequence of kv_length keys.
 
     Raises:
-        ValueError: the mask is neither causal nor causal within packed sequences.
+        ValueError: the mask is neither causal nor causal within packed sequences, or `use_vmap` is
+            True.
     """
     offset = int(q_offset)
     keys = offset - kv_offset + q_length
@@ -91,7 +94,8 @@ def document_mask(
     if mask_function is not None and q_length > 1:
         documents = _documents(mask_function, batch_size, q_length, offset, device)
     if attention_mask is not None:
-        # A mask may reach beyond the new tokens, or lack keys that have left the sliding window.
+        # A mask may reach beyond the new tokens. The keys may lack tokens of the mask that have
+        # left the sliding window.
         attention_mask = attention_mask[:, : offset + q_length][:, -keys:]
         if not attention_mask.all():
             return attention_mask.long()
@@ -132,17 +136,19 @@ def _documents(
 class _Layout(NamedTuple):
     """The places of the sequences in a batch.
 
-    key_order [B, K] and query_order [B, T] put the padding of a row before its tokens. They are
-    None if no sequence has padding between its tokens.
+    key_order [B, K] and query_order [B, T] are the orders in which the padding of each row comes
+    before its tokens. They are None if no sequence has padding between its tokens.
     """
 
-    spans: tuple[tuple[Span, ...], ...]  # of each row; runs of padding count as sequences, too
+    # The sequences of each row. Neighbouring padding counts as a sequence, too.
+    spans: tuple[tuple[Span, ...], ...]
     key_order: Tensor | None = None
     query_order: Tensor | None = None
 
 
 def _layout_of_mask(mask: Tensor, count: int) -> _Layout:
-    """The layout of a mask of `document_mask`, with `count` new tokens in each row."""
+    """The layout of a mask that `document_mask` has returned, with `count` new tokens in each
+    row."""
     rows = mask.tolist()
     spans = tuple(_runs(row) for row in rows)
     numbers = [[row[begin] for begin, _ in runs] for row, runs in zip(rows, spans, strict=True)]
@@ -156,14 +162,14 @@ def _layout_of_mask(mask: Tensor, count: int) -> _Layout:
 
 
 def _runs(values: list[int]) -> tuple[Span, ...]:
-    """The range [begin, end) of each run of equal values."""
+    """The range [begin, end) of each group of neighbours with equal values."""
     begins = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return tuple(zip(begins, [*begins[1:], len(values)], strict=True))
 
 
 class _LastLayout:
     """Keeps the layout of the last mask, because neighbouring layers of a model get the same mask.
-    Reading a mask from a GPU makes a call wait."""
+    To read a mask from a GPU makes a call wait, so this is done once for such layers."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, _Layout] | None = None
@@ -191,13 +197,13 @@ def _table(
     """Returns the sequence table (see `mistral_ext.ops`), and the largest number of new tokens of a
     sequence.
 
-    Each key/value head of a sequence becomes a sequence of the table. So a sequence may begin
-    anywhere in its row of the keys [B, Hkv, C, D], and no copy is needed.
+    Each key/value head of a sequence becomes a sequence of the table, whose keys are a range of the
+    keys [B, Hkv, C, D]. So a sequence may begin anywhere in its row, and the keys are not copied.
 
     Args:
         spans: the sequences in each row of the batch.
         count: T, the number of new tokens in each row.
-        kv_heads, capacity: Hkv and C.
+        kv_heads, capacity: Hkv, the number of key/value heads, and C, the number of keys in a row.
         device: the device of the table.
     """
     table, token = [], 0
@@ -270,7 +276,8 @@ def _attention(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Computes the result [B, T, Hq, D] of `attention_forward`, from its arguments."""
+    """Computes the result [B, T, Hq, D] of `attention_forward`, for sequences without padding
+    between their tokens."""
     batch, heads, count, dim = query.shape
     kv_heads, end = key.shape[1], spans[0][-1][1]
     table, most = _table(spans, count, kv_heads, key.shape[2], query.device)
@@ -289,8 +296,8 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Reorders the first n tokens of x [B, H, n or more, D], and drops the others: token i of row b
-    of the result is token order[b, i] of x. `order` is [B, n]."""
+    """Reorders the first n tokens of x [B, H, n or more, D], and drops the other tokens. `order` is
+    [B, n]: token i of row b of the result is token order[b, i] of row b of x."""
     x = x[:, :, : order.shape[1]]
     return x.gather(2, order[:, None, :, None].expand_as(x))
 
@@ -324,8 +331,8 @@ def accelerate_model(model: PreTrainedModel) -> int:
     The model's RMSNorms change. In bfloat16 and float16 its feed-forward blocks, projections and
     output matrix change as well, if they are plain `torch.nn.Linear` without a bias. Quantised
     layers, adapters and modules with a hook of accelerate (such as offloaded weights) do not
-    change. Adapters may also be attached later. In float32 torch's products are faster, for one
-    token and for prompts. docs/performance.md has measurements.
+    change. Adapters may also be attached later. In float32 only the norms change, because torch's
+    products are faster, for one token and for prompts. docs/performance.md has measurements.
 
     The model keeps its parameters and modules, so `state_dict` and saving work as before. The
     changed modules are for inference. They raise RuntimeError where torch records gradients of
@@ -374,12 +381,14 @@ def _is_taken(module: object) -> bool:
 
 
 def _is_plain_block(module: Any) -> bool:
-    """Whether our kernels multiply the three projections of a feed-forward block."""
+    """Whether our kernels multiply all three projections of a feed-forward block faster than
+    torch."""
     return all(map(_is_taken, (module.gate_proj, module.up_proj, module.down_proj)))
 
 
 def _has_hook(module: torch.nn.Module) -> bool:
-    """Whether `forward` runs a hook of accelerate, which may fetch the weights."""
+    """Whether the library accelerate has put a hook on a module's `forward`. Such a hook may fetch
+    the weights, so `forward` must not be replaced."""
     return hasattr(module, "_hf_hook")
 
 
@@ -392,7 +401,7 @@ def _linear(module: Any, x: Tensor) -> Tensor:
 
 
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    if not _is_plain_block(module):  # an adapter has wrapped a projection later
+    if not _is_plain_block(module):  # an adapter has wrapped a projection since accelerate_model
         return cast(Tensor, type(module).forward(module, x))
     weights = [module.gate_proj.weight, module.up_proj.weight]
     hidden = ops.linear_swiglu(x.flatten(0, -2), weights)

@@ -1,4 +1,5 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them."""
+"""Answers POST /v1/load_lora_adapter and POST /v1/unload_lora_adapter, which have the same form as
+vLLM's."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ _UNLOAD = fields.request_schema(fields.UNLOAD_ADAPTER, ("lora_name",))
 
 
 class AdapterCall(Call):
-    """A request to one of the endpoints.
+    """A request to /v1/load_lora_adapter or /v1/unload_lora_adapter.
 
     Args:
         service, path, send: as in `Call`.
-        loads: whether the request loads an adapter. If False, it removes one.
+        loads: whether the request loads an adapter. If False, it removes an adapter.
     """
 
     def __init__(self, service: Service, loads: bool, path: str, send: asgi.Send) -> None:

@@ -1,4 +1,4 @@
-"""The routes."""
+"""Makes the ASGI application of the server: its routes, middleware and handlers of errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def build_app(service: Service, lifespan: Lifespan | None = None) -> asgi.App:
 
     Args:
         service: the service.
-        lifespan: starts and stops the service. None: the caller starts and stops it.
+        lifespan: a context manager that starts and stops the service. None: the caller starts and
+            stops the service.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException

@@ -1,4 +1,5 @@
-"""HTTP over ASGI: reads bodies, sends JSON and event streams, notices clients that hang up."""
+"""Handles HTTP over ASGI: reads bodies, sends JSON and event streams, notices clients that hang
+up."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
 
-# The server refuses a body that takes longer than this.
+# The server refuses a body that takes longer than so many seconds to arrive.
 _BODY_SECONDS = 60.0
 
 
@@ -63,8 +64,9 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
 def _check_content_type(scope: Scope) -> None:
     """Raises ApiError 400 for a body with a content type other than JSON.
 
-    A form is allowed, because `curl -d` calls every body a form. But a form from a browser, which
-    sends an Origin header, is refused: a page of another site could send a form without permission.
+    The content type of a form is allowed, because `curl -d` gives it to every body. But a form with
+    an Origin header comes from a browser and is refused: a page of another site could send a form
+    without permission.
     """
     kind = (header(scope, "content-type") or "application/json").partition(";")[0].strip().lower()
     is_form = kind == "application/x-www-form-urlencoded" and header(scope, "origin") is None
@@ -105,7 +107,8 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         DisconnectedError: the client hung up.
-        SlowReaderError: the work was cancelled for another reason.
+        SlowReaderError: the work was cancelled otherwise: `Generation` has it cancelled if the
+            client does not read its answer.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
@@ -148,7 +151,7 @@ async def send_error(send: Send, error: ApiError, **headers: str) -> None:
 
 
 class EventStream:
-    """An answer of server-sent events. It begins with the first event.
+    """An answer of server-sent events. Its status and headers are sent with the first event.
 
     Attributes:
         has_begun: whether the status, 200, has been sent.

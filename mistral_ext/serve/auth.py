@@ -1,4 +1,4 @@
-"""API keys."""
+"""Checks the API keys of requests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from hashlib import sha256
 from mistral_ext.serve import asgi
 from mistral_ext.serve.errors import ApiError
 
-# Paths that browsers and load balancers request without a key.
+# Paths that need no key, because browsers and load balancers request them without one.
 _OPEN = ("/", "/health", "/openapi.json")
 _OPEN_FOLDER = "/page/"
 
 
 class KeyCheck:
-    """Passes requests with a valid key, and requests for open paths, on to an application.
+    """Passes requests with a valid key, and requests for open paths, on to an application. Answers
+    other requests with 401.
 
     Args:
         app: the application.

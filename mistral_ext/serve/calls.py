@@ -1,4 +1,4 @@
-"""The common part of all endpoints that read a body: errors, metrics and the log."""
+"""Does what all endpoints that read a body have in common: errors, metrics and the log."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Endpoint:
     """An endpoint as an ASGI application.
 
     Args:
-        make_call: makes a `Call`, given the path of the request and a function that sends the
-            answer.
+        make_call: a function that makes a `Call` from the path of the request and a function that
+            sends the answer.
     """
 
     def __init__(self, make_call: Callable[[str, asgi.Send], Call]) -> None:
@@ -77,13 +77,15 @@ class Call(ABC):
             self._note()
 
     async def read(self, scope: asgi.Scope, receive: asgi.Receive) -> dict[str, Any]:
-        """Reads the request's body, a JSON object."""
+        """Reads the request's body, a JSON object, and notes it in `record`. Raises the errors of
+        `asgi.read_object`."""
         body = await asgi.read_object(scope, receive, self._service.settings.max_body)
         self.record.body = body
         return body
 
     def generation(self, requests: Sequence[Request], max_unread: int | None = None) -> Generation:
-        """Makes a `Generation` that runs requests to the engine for this call."""
+        """Makes a `Generation` that runs requests to the engine for this call. If more than
+        `max_unread` outputs wait, the current task is cancelled. None: any number may wait."""
         task = asyncio.current_task()
         assert task
         service = self._service
@@ -92,8 +94,8 @@ class Call(ABC):
         )
 
     async def outputs(self, generation: Generation) -> AsyncIterator[tuple[int, Output] | None]:
-        """Yields all outputs of a generation, each with the number of its completion. While there
-        is no output, yields None from time to time."""
+        """Yields all outputs of a generation, each with the number of its completion. Yields None
+        whenever there was no output for `Settings.ping_seconds`."""
         left = len(generation.progress)
         while left:
             come = await generation.next(self._service.settings.ping_seconds)
@@ -104,8 +106,8 @@ class Call(ABC):
         self, requests: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, Output] | None, None]:
         """Yields the outputs of requests that only read their prompts, as `outputs` does. The
-        requests run in batches, one after another. So any number of them needs only
-        `Service.reading_places` of the queue."""
+        requests run in batches, one after another. So they need no more places in the queue than
+        one batch (`Service.reading_places`)."""
         service = self._service
         size = service.llm.max_batch
         for begin in range(0, len(requests), size):

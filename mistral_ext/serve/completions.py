@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and /v1/completions."""
+"""Answers POST /v1/chat/completions and POST /v1/completions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mistral_ext.serve.responses import Answer, new_id
 from mistral_ext.serve.service import Service
 from mistral_ext.text.guardrails import Moderation
 
-# Outputs with the numbers of their completions. None means that there is no output yet.
+# Outputs with the numbers of their completions. None comes when there was no output for a while.
 _Outputs: TypeAlias = AsyncIterator[tuple[int, Output] | None]
 
 
 class CompletionCall(Call):
-    """A request to one of the endpoints.
+    """A request to /v1/chat/completions or /v1/completions.
 
     Args:
         service, path, send: as in `Call`.
-        is_chat: whether prompts are conversations.
+        is_chat: whether the request is to /v1/chat/completions.
     """
 
     def __init__(self, service: Service, is_chat: bool, path: str, send: asgi.Send) -> None:
@@ -54,7 +54,7 @@ class CompletionCall(Call):
             await asgi.until_disconnect(receive, self._complete(job, adapter))
 
     async def _fail(self, error: ApiError) -> None:
-        """Sends an error. If the stream has begun, the error is sent in it."""
+        """Sends an error. If the stream has begun, the error is an event of the stream."""
         if self._events.has_begun:
             await self._events.fail(error)
         else:
@@ -122,8 +122,8 @@ class CompletionCall(Call):
                 raise filtered(moderation.category, self._param)
 
     async def _checked(self, job: Job, outputs: _Outputs) -> _Outputs:
-        """Holds the outputs back until the model has judged all of them. Removes the texts that the
-        model judges not acceptable."""
+        """Holds the outputs back until all completions have ended and the model has judged them.
+        Removes the texts that the model judges not acceptable."""
         held: list[tuple[int, Output]] = []
         texts: dict[int, str] = {}
         async for come in outputs:
@@ -143,8 +143,8 @@ class CompletionCall(Call):
                 yield index, _withheld(output)
 
     async def _judge(self, job: Job, contents: Sequence[Any], kind: str) -> list[Moderation]:
-        """Lets the model judge contents. If a content does not fit the context, only its end is
-        judged."""
+        """Lets the model judge contents. `kind` is "input" or "output". If a content does not fit
+        the context, only its end is judged."""
         service = self._service
         requests = await service.moderation_requests(contents, self._param, job.salt, True)
         ping = self._events.ping if job.stream else None
@@ -155,8 +155,8 @@ class CompletionCall(Call):
         return "messages" if self._is_chat else "prompt"
 
     def _content(self, job: Job, index: int, reply: str | None = None) -> Any:
-        """Returns a prompt, or a prompt with its completion, as a content that the model can
-        judge."""
+        """Returns a prompt of the job as a content that the model can judge. A `reply` is appended
+        to it."""
         prompt = job.prompts[index]
         if self._is_chat:
             said = [] if reply is None else [{"role": "assistant", "content": reply}]

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings."""
+"""Answers POST /v1/embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REQUEST = fields.request_schema(fields.EMBEDDING, ("input",))
 
 
 class EmbeddingCall(Call):
-    """A request to the endpoint. The arguments are those of `Call`."""
+    """A request to /v1/embeddings. The arguments are those of `Call`."""
 
     def __init__(self, service: Service, path: str, send: asgi.Send) -> None:
         super().__init__(service, f"embd-{secrets.token_hex(12)}", path, send)

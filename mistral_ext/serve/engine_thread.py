@@ -1,4 +1,4 @@
-"""The thread that runs the steps of the engine."""
+"""Runs the steps of the engine in a thread of its own."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from mistral_ext.serve.errors import out_of_order
 
 _log = logging.getLogger("mistral_ext.serve")
 
-# Clients that wait for each other ask within a few milliseconds. An idle engine that waits for all
-# of them reads their prompts in one pass, and then generates their tokens in common steps. If it
-# began with the first prompt, the stream of that prompt would slow the pass of the others down.
-_LULL = 0.003  # seconds without a new request, after which the first step begins
-_LONGEST_WAIT = 0.03  # seconds
+# Several clients often send requests within a few milliseconds. An idle engine that waits for all
+# of these requests reads their prompts in one pass, and then generates their tokens in common
+# steps. If the engine began with the first prompt, generating its tokens would slow down the pass
+# that reads the other prompts.
+_LULL = 0.003  # the first step begins after so many seconds without a new request
+_LONGEST_WAIT = 0.03  # the first step begins after so many seconds even if requests still come
 
 
 class EngineThread:
     """Runs the steps of an engine while there is work. Other threads add and abort requests.
 
-    If a pass fails, its requests end with an error. If a step itself fails, or the device no longer
-    works after a pass, the thread ends and refuses new requests.
+    If a pass through the model fails, the requests in it end with an error. If the engine itself
+    fails, or the device no longer works after such a failure, the thread ends and refuses new
+    requests.
 
     Args:
         engine: the engine.
@@ -41,7 +43,7 @@ class EngineThread:
         self._device = device
         self._on_death = on_death
         self._wake = threading.Condition()
-        self._added = 0  # how many requests were added so far
+        self._added = 0  # the number of requests that were added so far
         self._is_stopping = False
         self._is_dead = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -106,7 +108,8 @@ class EngineThread:
             return not self._is_stopping
 
     def _wait_for_a_lull(self) -> None:
-        """Waits until no request has been added for a moment. Needs `_wake`."""
+        """Waits until no request has been added for a moment, but not longer than `_LONGEST_WAIT`.
+        The caller must hold `_wake`."""
         latest = time.monotonic() + _LONGEST_WAIT
         while not self._is_stopping and (left := latest - time.monotonic()) > 0:
 

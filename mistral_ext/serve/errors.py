@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API reports them."""
+"""Makes errors that are reported as OpenAI's API reports them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class ApiError(Exception):
     Args:
         status: the HTTP status.
         message: a description of the error for people.
-        param: the field of the request that is wrong.
-        code: a name of the error for programs.
+        param: the field of the request that is wrong. None: the error is not that of one field.
+        code: a name of the error for programs. None: the status says enough.
         headers: additional headers of the answer.
     """
 
@@ -56,57 +56,57 @@ _NO_RETRY = {"x-should-retry": "false"}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The request cannot be answered as it is."""
+    """An error for a request that cannot be answered as it is."""
     return ApiError(400, message, param, code)
 
 
 def no_model(message: str) -> ApiError:
-    """Neither the model nor an adapter has the requested name."""
+    """An error for a name that neither the model nor an adapter has."""
     return ApiError(404, message, "model", "model_not_found")
 
 
 def removed_model(error: Exception) -> ApiError:
-    """The requested adapter was removed after the request came."""
+    """An error for an adapter that was removed after the request for it came."""
     return no_model(f"the model was removed: {error}")
 
 
 def unsupported(name: str) -> ApiError:
-    """A field asks for something that this server cannot do."""
+    """An error for a field that asks for something that this server cannot do."""
     return ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
 
 
 def too_busy() -> ApiError:
-    """The queue is full."""
+    """An error for a request that finds the queue full."""
     message = "the queue is full, try again later"
     return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
 
 
 def shutting_down() -> ApiError:
-    """The server is ending. It finishes its requests and takes no new requests."""
+    """An error for a request that comes, or has not finished in time, when the server is ending."""
     message = "the server is shutting down"
     headers = {"retry-after": "5", "connection": "close"}
     return ApiError(503, message, code="shutting_down", headers=headers)
 
 
 def out_of_order() -> ApiError:
-    """The engine has died."""
+    """An error for requests to a server whose engine has died."""
     message = "the engine has failed and needs a restart"
     return ApiError(503, message, code="engine_dead", headers=_NO_RETRY)
 
 
 def filtered(category: str, param: str) -> ApiError:
-    """The model judges that the prompt is not acceptable."""
+    """An error for a prompt that the model judges not acceptable."""
     message = f"{param} was refused: the model takes it for {category} content"
     return bad_request(message, param, "content_filter")
 
 
 def out_of_time(seconds: float) -> ApiError:
-    """The request took too long."""
+    """An error for a request that took too long."""
     message = f"the request took longer than {seconds:g} s"
     return ApiError(504, message, code="timeout", headers=_NO_RETRY)
 
 
 def failed(error: Exception) -> ApiError:
-    """The engine could not do the work of the request."""
+    """An error for a request whose work failed in the engine."""
     message = f"the model failed: {' '.join(str(error).split()) or type(error).__name__}"
     return ApiError(500, message, code="engine_error", headers=_NO_RETRY)

@@ -1,4 +1,4 @@
-"""The fields of requests, as JSON Schema. Requests are checked against these schemas, and
+"""Describes the fields of requests in JSON Schema. Requests are checked against these schemas, and
 /openapi.json shows them.
 
 A field that is null counts as missing.
@@ -12,7 +12,7 @@ from typing import Any
 from mistral_ext.serve import structure, tools
 from mistral_ext.serve.schema import Schema
 
-# The most alternatives of a token (OpenAI's limit).
+# The most alternatives of a token whose log-probabilities a request may ask for (OpenAI's limit).
 MOST_LOGPROBS = 20
 
 _FLAG = {"type": "boolean"}
@@ -88,8 +88,8 @@ _MOST_INPUTS = 2048
 
 
 def _one_or_several(**limits: int) -> Schema:
-    """The schema of a text, a list of token ids, or a list of several such texts and lists.
-    `limits` apply to the list of several."""
+    """The schema of a text, a list of token ids, a list of texts, or a list of lists of token ids.
+    `limits` apply to the last two."""
     text: Schema = {"type": "string", "minLength": 1}
     several = [
         {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)
@@ -201,7 +201,8 @@ NEUTRAL: dict[str, Schema] = {
 
 
 def request_schema(fields: Mapping[str, Schema], required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The schema of a request with these fields. Fields that are ignored or neutral are added."""
+    """The schema of a request with these fields. The fields of `IGNORED` and `NEUTRAL` are
+    added."""
     properties: dict[str, Any] = {
         name: schema if name in required else {"anyOf": [schema, {"type": "null"}]}
         for name, schema in {**NEUTRAL, **fields}.items()

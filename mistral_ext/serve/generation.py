@@ -21,25 +21,26 @@ from mistral_ext.serve.metrics import Metrics
 class Progress:
     """The progress of a completion. Times are of `time.perf_counter`."""
 
-    tokens: int = 0
-    first: float | None = None  # time of its first token
-    last: float = 0.0
+    tokens: int = 0  # the number of tokens so far
+    first: float | None = None  # the time of its first token; None: there is no token yet
+    last: float = 0.0  # the time of its latest token
     completion: Completion | None = None
 
 
 class Generation:
-    """Runs completions, and gives their outputs in order.
+    """Runs completions, and returns their outputs in the order in which they come.
 
     Outputs wait here until the event loop takes them. The event loop calls all methods except
     `_take` and `_note`, which the engine's thread calls.
 
     Args:
         engine: the thread that steps the engine.
-        requests: the completions' requests.
+        requests: the requests of the completions.
         began: the time at which the HTTP request arrived, of `time.perf_counter`.
         metrics: counts tokens and times.
-        max_unread: as soon as this many outputs wait, the completions end, and `on_overflow` is
-            called. None: any number may wait, because no client has to read them.
+        max_unread: as soon as this many outputs wait, the completions are ended, and `on_overflow`
+            is called. None: any number may wait, because no client has to read them.
+        on_overflow: a function that the event loop calls if too many outputs wait.
 
     Attributes:
         progress: the progress of each completion.
@@ -109,7 +110,8 @@ class Generation:
         self._wake()
 
     def close(self) -> None:
-        """Ends the completions that have not ended. Their memory is freed within a step."""
+        """Ends the completions that have not ended. The engine frees their memory at its next
+        step."""
         self._engine.abort(self._ids)
 
     async def _wait_until(self, deadline: float) -> None:
@@ -131,7 +133,7 @@ class Generation:
         if len(self._come) == 1:
             self._loop.call_soon_threadsafe(self._wake)
         elif len(self._come) == self._max_unread:
-            for request_id in self._ids:  # not in the event loop, which may be busy
+            for request_id in self._ids:  # at once, because the event loop may be busy
                 self._engine.engine.abort(request_id)
             self._loop.call_soon_threadsafe(self._on_overflow)
 

@@ -15,7 +15,7 @@ from typing import Any
 _log = logging.getLogger("mistral_ext.serve")
 
 _FILE_BYTES = 64 * 2**20
-_FILES = 8  # older files are deleted
+_FILES = 8  # the number of files that are kept; older files are deleted
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Record:
 
 
 class _PrivateFile(RotatingFileHandler):
-    """A log file that only its owner may read, if this class makes it. The same holds for the files
-    that replace it when it is large."""
+    """A log file, and the files that replace it when it is large. Only the owner may read files
+    that this class makes. A file that exists already keeps its permissions."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8")
@@ -54,15 +54,16 @@ class RequestLog:
     """Writes records of requests.
 
     Args:
-        file: gets a JSON object for each request, with prompts and completions. When it is large,
-            it is renamed and a new file begins. None: texts are not written anywhere.
+        file: a file to which a JSON object is written for each request with a body. The object has
+            the prompts and completions. When the file is large, it is renamed and a new file
+            begins. None: prompts and completions are not written anywhere.
     """
 
     def __init__(self, file: Path | None) -> None:
         self._file = None if file is None else _PrivateFile(file)
 
     def write(self, record: Record) -> None:
-        """Writes the line of an ended request."""
+        """Logs a line for a request that has ended, and writes its JSON object to the file."""
         seconds = time.perf_counter() - record.began
         first = record.first_token_seconds
         _log.info(

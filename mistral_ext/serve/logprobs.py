@@ -1,4 +1,4 @@
-"""Log-probabilities in the two forms of OpenAI's API."""
+"""Writes log-probabilities in the two forms of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class LogprobWriter:
 
     Args:
         tokenizer: knows the bytes of tokens.
-        starts_text: whether the completion begins a text. Then the space before its first token is
-            not part of the text.
+        starts_text: whether the completion begins a text. If so, and if the tokenizer puts a space
+            before a text, this space is not part of the text.
         offset: the number of characters of the text before the completion.
     """
 
@@ -63,7 +63,7 @@ class LogprobWriter:
         }
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id >= self._tokenizer.vocab_size:  # the model may have rows without tokens
+        if token_id >= self._tokenizer.vocab_size:  # the output matrix may have more rows
             return b""
         data = self._tokenizer.token_bytes(token_id)
         return data.removeprefix(b" ") if self._strips else data

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus. Their names are vLLM's with our prefix."""
+"""Counts metrics for Prometheus. Their names are vLLM's with our prefix."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from mistral_ext.engine.request import Completion
 
 _PREFIX = "mistral_ext_"
 
-# Seconds. They range from a step of a small model to a long prompt on a CPU.
+# The bounds of buckets of seconds. They range from a step of a small model to a long prompt on a
+# CPU.
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)  # the bounds of buckets of tokens
 
 
 class Metrics:
@@ -64,7 +65,7 @@ class Metrics:
         self._generated.inc()
 
     def ended(self, completion: Completion, prompt_tokens: int, seconds: float) -> None:
-        """Counts a completion that has ended."""
+        """Counts a completion that has ended, `seconds` after its request arrived."""
         self._success.labels(completion.finish_reason).inc()
         self._prompt_tokens.inc(prompt_tokens)
         self._queries.inc(prompt_tokens)
@@ -81,7 +82,8 @@ class Metrics:
         self._answers.labels(path, str(status)).inc()
 
     def moderated(self, content: str, category: str) -> None:
-        """Counts a judgement. `content` is "input", "output" or "request"."""
+        """Counts a judgement of the model. `content` is "input" (a prompt), "output" (a completion)
+        or "request" (a content of /v1/moderations)."""
         self._moderations.labels(content, category).inc()
 
     def broken_off(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""POST /v1/moderations, and the moderation of the prompts and completions of other endpoints."""
+"""Answers POST /v1/moderations, and moderates the prompts and completions of other endpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ async def judge(
         service: the state that all requests share.
         requests: the result of `Service.moderation_requests`.
         kind: the kind of the contents for the metrics: "input", "output" or "request".
-        ping: a function that is called from time to time while there is no result.
+        ping: a function that is called from time to time while there is no result. None: no
+            function is called.
+
+    Returns:
+        The judgements, in the order of the requests.
     """
     found: dict[int, Moderation] = {}
     async with aclosing(call.read_prompts(requests)) as outputs:
@@ -47,7 +51,7 @@ async def judge(
 
 
 class ModerationCall(Call):
-    """A request to the endpoint. The arguments are those of `Call`."""
+    """A request to /v1/moderations. The arguments are those of `Call`."""
 
     def __init__(self, service: Service, path: str, send: asgi.Send) -> None:
         super().__init__(service, f"modr-{secrets.token_hex(12)}", path, send)

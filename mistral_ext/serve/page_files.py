@@ -1,4 +1,4 @@
-"""GET / and /page/...: the chat page, files of the package."""
+"""Answers GET / and GET /page/... with the files of the chat page, which belong to the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POLICY = (
 
 
 class Page:
-    """The files of the page. They are read once."""
+    """The files of the page. The constructor reads them into memory."""
 
     def __init__(self) -> None:
         self._files = {
@@ -33,11 +33,11 @@ class Page:
         }
 
     async def index(self, scope: asgi.Scope, send: asgi.Send) -> None:
-        """The page itself."""
+        """Sends the page itself."""
         await self._send("index.html", send)
 
     async def file(self, scope: asgi.Scope, send: asgi.Send) -> None:
-        """A file of the page."""
+        """Sends a file of the page. Raises ApiError 404 if there is no such file."""
         await self._send(scope["path_params"]["name"], send)
 
     async def _send(self, name: str, send: asgi.Send) -> None:

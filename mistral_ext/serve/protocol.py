@@ -46,12 +46,13 @@ class Job:
 
     Attributes:
         is_chat: whether the prompts are conversations, and the completions replies.
-        prompts: the prompts: conversations, texts or token ids.
+        prompts: conversations, texts or lists of token ids.
         params: the options of the completions. max_tokens is not set yet, because it depends on the
             length of the prompt.
-        max_tokens: the most tokens of a completion that the request allows. None: `default_tokens`.
-        default_tokens: the most tokens of a completion if the request sets no limit, or fewer if
-            they do not fit. None: as many as fit.
+        max_tokens: the most tokens of a completion that the request allows. None: the request sets
+            no limit, and `default_tokens` counts.
+        default_tokens: the most tokens of a completion if the request sets no limit. The limit is
+            lower if fewer fit into the context. None: the limit is the number that fits.
         stream, include_usage, echo: the fields of the request with these names.
         salt, stop_token_ids: as in `Mistral.request`.
         structure: the field with the constraint of the completions. None: they have no constraint.
@@ -162,7 +163,7 @@ def _params(
 ) -> SamplingParams:
     options = {name: given[name] for name in _SAME if name in given}
     options["temperature"] = given.get("temperature", 1.0)
-    options["top_k"] = max(0, int(given.get("top_k", 0)))  # -1 means all, as in vLLM
+    options["top_k"] = max(0, int(given.get("top_k", 0)))  # -1 means all tokens, as in vLLM
     options["n"] = int(given.get("n", 1))
     options["logprobs"] = logprobs
     if "seed" in given:
@@ -174,7 +175,7 @@ def _params(
     options[structure.option] = structure.value
     try:
         return SamplingParams(**options)
-    except (TypeError, ValueError) as error:  # SamplingParams checks the other options
+    except (TypeError, ValueError) as error:  # the other options fit the schema of the request
         raise bad_request(str(error), structure.field) from error
 
 
@@ -185,8 +186,8 @@ def _token_id(key: str) -> int:
 
 
 def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The messages of a request. They begin with the system prompt of guardrails if the request
-    asks for it."""
+    """The messages of a request. If the request asks for it, they begin with the system prompt of
+    guardrails."""
     messages = _messages_of(given["messages"])
     return with_safe_prompt(messages) if given.get("safe_prompt") else messages
 
@@ -202,8 +203,8 @@ def _messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
         }
         for m in messages
     ]
-    # Drops replies that were ended before their first word, because templates have no empty
-    # replies.
+    # Drops replies that were ended before their first word, because a template cannot write an
+    # empty reply.
     return [m for m in plain if m["content"] or m["role"] != "assistant" or "tool_calls" in m]
 
 
@@ -232,7 +233,7 @@ def encode(
         prompt: a conversation, a text or token ids.
         template: the chat template of conversations. None: the model's own template.
         is_chat: whether the prompt is a conversation.
-        tools: functions that a reply may call.
+        tools: functions that a reply may call. None: a reply may call no functions.
 
     Raises:
         ApiError: 400 for text that is not Unicode, ids that the model does not have, or messages
@@ -272,8 +273,8 @@ def moderation_requests(
         adapter: as in `Mistral.moderation_request`.
 
     Raises:
-        ApiError: 400, for a content that is too long, and for a base model; 404 if the adapter was
-            removed.
+        ApiError: 400 for a content that is too long, or if the model has no chat template; 404 if
+            the adapter was removed.
     """
     room = context_length(llm) - 1 if cuts else None
     with _refusing(param):
@@ -286,13 +287,14 @@ def moderation_requests(
 
 
 def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> list[Request]:
-    """Makes requests for the hidden states of texts (see `Mistral.embedding_requests`).
+    """Makes requests for the hidden states of texts. `options` are the other arguments of
+    `Mistral.embedding_requests`.
 
     Raises:
         ApiError: 400 for a text that is too long, or ids that the model does not have; 404 if the
             adapter was removed.
     """
-    # In JSON Schema 1.0 is an integer, too.
+    # In JSON Schema 1.0 is an integer, too, so an id may be a float.
     given = [text if isinstance(text, str) else [int(i) for i in text] for text in texts]
     with _refusing("input", "texts"):
         requests = llm.embedding_requests(given, *options)
@@ -302,7 +304,8 @@ def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> lis
 
 
 def prompts_of(prompt: Any) -> Sequence[Any]:
-    """The prompts (texts or token ids) in a field that has one prompt or several."""
+    """The list of prompts in a field that has one prompt or several. A prompt is a text or a list
+    of token ids."""
     is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
     return [prompt] if is_one else prompt
 
@@ -312,8 +315,8 @@ def compile_grammar(llm: Mistral, job: Job) -> None:
     compiled.
 
     Raises:
-        ApiError: 400 if the constraint cannot be compiled. So the request never gets a text without
-            its constraint.
+        ApiError: 400 if the constraint cannot be compiled. The request is then refused, not
+            answered with a text without its constraint.
     """
     try:
         llm.grammar(job.params, starts_text=job.is_chat, tools=job.tools)

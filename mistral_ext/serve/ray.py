@@ -1,4 +1,4 @@
-"""The server as replicas on a Ray cluster, behind Ray Serve. Needs the extra [ray].
+"""Runs replicas of the server on a Ray cluster, behind Ray Serve. It needs the extra [ray].
 
 `app` is for a config file of Ray Serve, and `run` is `mistral-ext serve --ray`. Each replica is a
 process with its own model. Ray Serve distributes requests among replicas, and replaces a replica
@@ -37,16 +37,18 @@ _log = logging.getLogger("mistral_ext.serve")
 
 _NAME = "mistral_ext"  # the name of the application
 
-# Ray counts HTTP requests, but a replica counts completions. A replica may get this many requests
-# more than it has places. So it refuses requests itself, and can still say whether it is healthy.
+# Ray counts HTTP requests, but a replica counts completions. Ray may send a replica this many
+# requests more than the replica has places. So the replica refuses requests itself, and can still
+# say whether it is healthy.
 _SPARE_REQUESTS = 16
 
-# Seconds for replicas to end, after the time that their requests get.
+# The seconds that replicas have to end, after the seconds that their requests have.
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
-# A value of this variable makes a cluster require the token that Ray keeps in the user's home. A
-# new cluster requires it. A program that joins such a cluster must set the variable.
+# This environment variable says whether a cluster requires the token that Ray keeps in the user's
+# home. Without the variable a new cluster requires the token. A program that joins such a cluster
+# must set the variable to "token".
 _AUTH = "RAY_AUTH_MODE"
 
 # Ray Serve's own log is quiet, because our log has a line for each request.
@@ -61,10 +63,10 @@ def app(options: Mapping[str, Any]) -> Application:
 
     Args:
         options: the `args` of the config file. `model` is a path or hub id (default: the demo
-            model), `replicas` a number or [least, most], `threads` the cores of a replica. The
-            other options are fields of `Settings` that fit a replica, and arguments of
-            `Mistral.from_pretrained`. If the replicas have the variable MISTRAL_EXT_API_KEY, it is
-            an API key, too.
+            model), `replicas` is a number or [least, most], and `threads` is the number of cores of
+            a replica. The other options are fields of `Settings` that fit a replica, and arguments
+            of `Mistral.from_pretrained`. If the replicas have the environment variable
+            MISTRAL_EXT_API_KEY, its value is an API key, too.
 
     Raises:
         ValueError, TypeError: an option is unknown or wrong. The message names the option.
@@ -78,7 +80,8 @@ def application(
     """Makes the Ray Serve application.
 
     Args:
-        settings: the options of each replica's server. The host and port are for Ray Serve.
+        settings: the options of each replica's server. `host` and `port` are not used, because Ray
+            Serve listens.
         arguments: arguments of `Mistral.from_pretrained` that `replicas.expect_arguments` accepts.
         replicas: the number of replicas, and their resources.
     """
@@ -108,8 +111,8 @@ def application(
 
 
 class Replica:
-    """A model and its server, in a process that Ray starts. The arguments are those of
-    `application`."""
+    """A model and its server, in a process that Ray starts. `settings` and `arguments` are as in
+    `application`, and `threads` is the number of threads that the model uses."""
 
     def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:
         keys = (*settings.api_keys, *keys_of_environment())
@@ -175,11 +178,11 @@ def _replica_name() -> str:
 
 
 def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) -> int:
-    """Serves until SIGTERM or SIGINT, then lets replicas finish their requests. A second signal
-    ends this process at once, and the cluster if it has started one.
+    """Serves until SIGTERM or SIGINT, and then lets replicas finish their requests. A second signal
+    ends this process at once, and with it a cluster that it has started.
 
-    Joins the cluster that the variable RAY_ADDRESS names, or starts a cluster on this machine.
-    The arguments are those of `application`.
+    Joins the cluster that the environment variable RAY_ADDRESS names, or starts a cluster on this
+    machine if the variable is not set. The arguments are those of `application`.
 
     Returns:
         The status to exit with.
@@ -198,7 +201,7 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
 
         try:
             status = serve.status()
-            if _NAME in status.applications:  # Ray Serve would replace it
+            if _NAME in status.applications:  # Ray Serve would replace that application
                 text = f"the cluster has an application {_NAME!r} already, expected none"
                 raise RuntimeError(text)
             announcement = _open(settings, is_own, has_proxies=bool(status.proxies))
@@ -209,7 +212,7 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
             finally:
                 _end(settings.drain_seconds)
         except (RayError, RayServeException) as error:
-            # The text of a task's error is its traceback. The cause is more useful.
+            # The text of an error in a Ray task is a traceback. The error's cause is more useful.
             raise RuntimeError(f"Ray Serve: {getattr(error, 'cause', error)}") from error
 
 
@@ -217,8 +220,8 @@ def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], N
     """Makes Ray Serve's proxies listen.
 
     Args:
-        settings: the options. The host and port are for the proxies. They have no effect if the
-            cluster already has proxies.
+        settings: the options. The proxies listen at `host` and `port`, unless the cluster already
+            has proxies.
         is_own: whether the cluster was started for this server alone.
         has_proxies: whether Ray Serve already runs on the cluster.
 
@@ -229,7 +232,7 @@ def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], N
 
     host, port = settings.host, settings.port
     if is_own:
-        with bind(host, port) as listener:  # raises the reason if the address cannot be bound
+        with bind(host, port) as listener:  # raises an error with the reason if that is impossible
             host, port = listener.getsockname()[:2]
     elif not has_proxies and port == 0:
         raise ValueError("--port is 0, expected 1 to 65535 on a cluster of several machines")
@@ -276,8 +279,8 @@ def _reason(error: RuntimeError) -> str:
 
 @contextmanager
 def _cluster(replicas: Replicas) -> Iterator[bool]:
-    """Connects to a Ray cluster. Yields whether this call has started the cluster. Such a cluster
-    counts as many cores as all replicas need."""
+    """Connects to a Ray cluster. Yields whether this call has started the cluster. If so, the
+    cluster is told that it has at least as many cores as all replicas reserve."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports usage to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else Ray drops log lines of requests
     import ray
@@ -299,8 +302,8 @@ def _cluster(replicas: Replicas) -> Iterator[bool]:
 
 
 def _wait_for_signal(drain_seconds: float) -> int:
-    """Waits for the first signal, and returns the exit status. A second signal ends the process at
-    once, together with a cluster that it has started."""
+    """Waits for SIGTERM or SIGINT, and returns the exit status. A second signal ends the process at
+    once, and with it a cluster that it has started."""
     status: list[int] = []
     wake = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The options of replicas on a Ray cluster, checked before Ray starts a replica."""
+"""Reads the options of replicas on a Ray cluster, and checks them before Ray starts a replica."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Replicas:
 
     Args:
         least, most: bounds of the number of replicas. If they differ, Ray Serve adds and removes
-            replicas so that each has about as many requests as fit its batch.
-        threads: the number of cores that a replica reserves, and of threads that its model uses.
+            replicas so that each has about as many requests as fit into its batch.
+        threads: the number of cores that a replica reserves, which is also the number of threads
+            that its model uses.
 
     Raises:
         ValueError: a number is not in its range.
@@ -49,7 +50,7 @@ class Replicas:
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Replicas]:
-    """Reads the arguments of `ray.application`.
+    """Makes the arguments of `ray.application` from options.
 
     Args:
         options: as in `ray.app`.
@@ -111,7 +112,7 @@ def gpus_for(device: object) -> int:
 
     Raises:
         ValueError: `device` is not a device, or is a GPU other than the first. Ray shows a replica
-            only its own GPU, so there it is the first.
+            only the GPU that is reserved for it, so that GPU is always the first.
     """
     if device is None or device == "cpu":
         return 0

@@ -47,11 +47,12 @@ class Answer:
 
     @property
     def completions(self) -> list[Completion]:
-        """The ended completions, in order. Their tool calls are apart from their texts."""
+        """The completions that have ended, in the order of their numbers. Tool calls have been
+        taken out of their texts."""
         return [completion for _, completion in sorted(self._completions.items())]
 
     def take(self, index: int, output: Output) -> None:
-        """Takes an output that `whole` will need."""
+        """Takes an output, which becomes a part of the answer that `whole` returns."""
         self._deltas(index, output)
 
     def whole(self) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Answer:
             deltas = [self._shown("")]
         for delta in deltas:
             yield self._chunk(index, logprobs=logprobs, **delta)
-            logprobs = None  # log-probabilities are sent once
+            logprobs = None  # only the first chunk has them
         if output.is_last:
             reason = self._completions[index].finish_reason
             yield self._chunk(index, finish_reason=reason, **self._shown(""))
@@ -93,7 +94,8 @@ class Answer:
             yield {**head, "choices": [], "usage": self._usage()}
 
     def _deltas(self, index: int, output: Output) -> list[dict[str, Any]]:
-        """The pieces that an output adds to its completion."""
+        """The fields of the chunks for an output, one element for each chunk. Keeps the completion
+        if the output has it."""
         if output.completion:
             self._completions[index] = output.completion
         if not self._parsers:
@@ -151,8 +153,8 @@ class Answer:
         completions = self.completions
         prompt = sum(map(len, self._prompts))
         generated = sum(len(completion.token_ids) for completion in completions)
-        # Each prompt counts once, and so do the tokens of it that its first completion found in the
-        # cache.
+        # A prompt with n completions counts once. So do its cached tokens, which are those that the
+        # first of the n completions found.
         cached = sum(c.timing.cached_tokens for c in completions[:: self._job.params.n])
         return {
             "prompt_tokens": prompt,

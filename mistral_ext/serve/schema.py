@@ -41,9 +41,9 @@ def check(value: Any, schema: Schema, name: str) -> None:
 
 
 def _are_integers(values: list[Any], schema: Schema) -> bool:
-    """Whether all items are ints that fit the schema of an integer. There may be a million, so they
-    are checked together. False: the caller has to check them one by one, for some may fit all the
-    same."""
+    """Whether all values are ints that fit the schema of an integer. There may be a million values,
+    so they are checked together. If the result is False, the caller must check them one by one:
+    values such as 1.0 may fit, too."""
     if schema.get("type") != "integer" or {*map(type, values)} != {int}:
         return False
     least, most = min(values), max(values)
@@ -59,8 +59,8 @@ def _check_any(value: Any, schema: Schema, name: str) -> None:
             return check(value, option, name)
         except ApiError as error:
             errors.append(error)
-    # If exactly one alternative has the right type, the error is that of the place inside the
-    # value.
+    # If exactly one alternative has the right type, its own error is raised, which names the place
+    # inside the value.
     raise errors[0] if len(errors) == 1 else _wrong(value, schema, name)
 
 

@@ -19,14 +19,15 @@ from mistral_ext.serve.settings import Settings
 
 _log = logging.getLogger("mistral_ext.serve")
 
-# The bytes that the system buffers for a client that does not read, and how long, in milliseconds.
+# If a client does not read, the system buffers so many bytes for it, and ends the connection after
+# so many milliseconds.
 _UNSENT_BYTES = 2**16
 _UNSENT_MS = 60_000
 
 
 class Server:
-    """Serves a model on an address. The address is bound and the log is opened at once, before a
-    model is loaded.
+    """Serves a model on an address. The constructor binds the address and opens the log, so their
+    errors come before a model is loaded.
 
     Args:
         settings: the options.
@@ -48,8 +49,8 @@ class Server:
         self._log.close()
 
     def run(self, llm: Mistral) -> int:
-        """Serves until SIGTERM or SIGINT, and then finishes the requests that it has. A second
-        signal ends them.
+        """Serves until SIGTERM or SIGINT, and then finishes the requests that have come. A second
+        signal ends these requests at once.
 
         Args:
             llm: the model, with a tokenizer.
@@ -67,7 +68,8 @@ async def _serve(service: Service, listener: socket.socket) -> int:
     class UvicornServer(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            yield  # uvicorn would close the socket before requests end, so _serve handles signals
+            # uvicorn would close the socket before requests end, so `_serve` handles signals.
+            yield
 
     settings = service.settings
     config = uvicorn.Config(

@@ -32,15 +32,17 @@ from mistral_ext.text.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
 
-# The time for clients to receive the end of their requests.
+# When the server ends, clients have this time to receive the end of their answers.
 _LAST_SECONDS = 5.0
 
-# For a base model, which continues a text and has no turns: joins messages one after another.
+# The chat template for a base model, which continues a text and has no turns. The template joins
+# the messages.
 _PLAIN = "{{ bos_token }} {{ messages | map(attribute='content') | join('\\n\\n') }}"
 
 
 class Service:
-    """Serves a model. Only the event loop uses it, except for callbacks of the engine's thread.
+    """Serves a model. Methods are called in the event loop, except `_on_death`, which the engine's
+    thread calls.
 
     Args:
         llm: the model, with a tokenizer.
@@ -48,7 +50,7 @@ class Service:
         log: the log of requests.
 
     Attributes:
-        llm, settings, tokenizer, engine, metrics, log: shared by requests.
+        llm, settings, tokenizer, engine, metrics, log: what all requests share.
         tool_format: how the model writes calls of tools. None: the model takes no tools.
         is_draining: whether new requests are refused.
     """
@@ -98,8 +100,8 @@ class Service:
             param: the field of the request that sets their number.
 
         Raises:
-            ApiError: 503 if new requests are refused, 429 if there is no room now, 400 if there can
-                never be.
+            ApiError: 503 if new requests are refused, 429 if there is no room now, 400 if `count`
+                is more than all places.
         """
         if self.engine.is_dead:
             raise errors.out_of_order()
@@ -124,8 +126,8 @@ class Service:
 
     @contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
-        """Starts completions. They end with the block, or when the time of their HTTP request is
-        over."""
+        """Starts completions. They are ended when the block ends, or when the time of their HTTP
+        request is over."""
         assert self._loop
         self._live.add(generation)
         seconds = self.settings.request_seconds
@@ -140,7 +142,7 @@ class Service:
             generation.close()
 
     async def _prepare(self, work: Callable[..., _T], *args: Any, **options: Any) -> _T:
-        """Calls `work` outside the event loop."""
+        """Calls `work` in the thread that prepares requests, and returns its result."""
         assert self._loop
         call = functools.partial(work, *args, **options)
         return await self._loop.run_in_executor(self._tokenizing, call)
@@ -200,7 +202,7 @@ class Service:
 
     async def drain(self) -> None:
         """Refuses new requests, and waits for the running requests. Ends the requests that still
-        run when the time is over."""
+        run after `Settings.drain_seconds`."""
         self.is_draining = True
         if not self._taken:
             return
@@ -209,7 +211,8 @@ class Service:
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
         except asyncio.TimeoutError:
             self.end_all(errors.shutting_down())
-            # A client that does not read its error would block its request for ever.
+            # A client that does not read its error blocks its request for ever, so the wait has a
+            # limit.
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), _LAST_SECONDS)
 
@@ -224,8 +227,8 @@ class Service:
 
 
 def _template(name: str | None, llm: Mistral) -> ChatTemplate | None:
-    """The chat template, or None if the model has none. Then every request with a conversation gets
-    an error."""
+    """The chat template. `name` is as in `Settings.template`. Returns None if the model has no
+    template; then every request with a conversation gets an error."""
     if name == "plain":
         return JinjaTemplate(Path("plain"), {"default": _PLAIN}, llm.require_tokenizer())
     with suppress(ValueError):

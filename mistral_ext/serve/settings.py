@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KEY_VARIABLE = "MISTRAL_EXT_API_KEY"  # the environment variable with an API key
+KEY_VARIABLE = "MISTRAL_EXT_API_KEY"  # the environment variable that may hold an API key
 TEMPLATES = ("v1", "v2", "v3", "plain")
 
 # The options that do not fit a server of several replicas on a Ray cluster -> why.
@@ -18,7 +18,8 @@ UNFIT_FOR_REPLICAS = {
     "log_requests": "each replica would write to the file",
 }
 
-# The demo model has its own defaults: it is not a chat model, and its tales have no end.
+# The demo model has its own defaults. It is not a chat model, so its template only joins messages.
+# Its tales have no end, so its replies have a limit.
 _DEMO: dict[str, Any] = {"model_name": "demo", "template": "plain", "max_tokens": 256}
 
 
@@ -36,17 +37,17 @@ class Settings:
     template: str | None = None  # chat template: v1, v2, v3 or plain; None: the model's own
     adapter_updates: bool = False  # clients may load and unload adapters
     max_tokens: int | None = None  # the default for the most tokens of a reply; None: all that fit
-    max_queue: int = 64  # completions that may wait, besides the running ones
-    max_unread: int = 1024  # tokens that a client may leave unread
-    max_body: int = 4 * 2**20  # the most bytes of a request
-    request_seconds: float = 600.0  # time from a request's arrival to its last token
-    ping_seconds: float = 10.0  # a stream sends a comment after this time without output
-    drain_seconds: float = 30.0  # time for requests to end when the server is told to stop
+    max_queue: int = 64  # the most completions that may wait, besides the running ones
+    max_unread: int = 1024  # a client that leaves so many tokens of a stream unread is cut off
+    max_body: int = 4 * 2**20  # the most bytes of a request's body
+    request_seconds: float = 600.0  # the most seconds from a request's arrival to its last token
+    ping_seconds: float = 10.0  # a stream sends a comment after so many seconds without output
+    drain_seconds: float = 30.0  # the seconds that requests have to end when the server stops
     # Each of these keys gives access to the server. If there are none, anyone has access.
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()  # origins of web pages that may call the server; "*": all
-    moderate: tuple[str, ...] = ()  # texts that the model judges first: "input", "output" or both
-    log_requests: Path | None = None  # file for requests and answers
+    moderate: tuple[str, ...] = ()  # what the model judges: "input" (prompts), "output" or both
+    log_requests: Path | None = None  # the file for requests and answers; None: they are not kept
 
     def __post_init__(self) -> None:
         if not (isinstance(self.model_name, str) and self.model_name):
@@ -80,8 +81,8 @@ def settings_for(model: str | None, **given: Any) -> Settings:
     Args:
         model: a path or hub id. It is also the name of the model for clients, unless `given` has
             another name. None: the demo model.
-        given: the fields of `Settings`. A field that is None gets its default. The demo has its own
-            defaults.
+        given: the fields of `Settings`. A field that is None gets its default. Some defaults of the
+            demo model are different.
     """
     defaults = _DEMO if model is None else {"model_name": model}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -89,18 +90,20 @@ def settings_for(model: str | None, **given: Any) -> Settings:
 
 
 def keys_of_environment() -> tuple[str, ...]:
-    """The API key in the environment variable, if it is set. An empty variable gives an empty key,
-    which `Settings` refuses. If it were ignored, anyone could use the server."""
+    """The API key in the environment variable, or no key if the variable is not set. An empty
+    variable gives an empty key, which `Settings` refuses: if it were ignored, anyone could use the
+    server."""
     return (os.environ[KEY_VARIABLE],) if KEY_VARIABLE in os.environ else ()
 
 
 def texts_of(name: str, given: object) -> tuple[str, ...]:
-    """Reads the field `api_keys`, `cors_origins` or `moderate` from a list of texts or from a text.
-    In a text for `moderate`, commas separate several values.
+    """Reads the field `api_keys`, `cors_origins` or `moderate` from a list of texts or from one
+    text. Commas separate several values in a text for `moderate`. For the others a text is one
+    value.
 
     Raises:
-        ValueError: `given` is neither a text nor a list. The message does not show it, because it
-            may be a key.
+        ValueError: `given` is neither a text nor a list. The message does not show `given`, because
+            it may be a key.
     """
     if isinstance(given, str):
         return tuple(given.split(",")) if name == "moderate" else (given,)

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""Answers POST /tokenize and POST /detokenize, which have the same form as vLLM's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DETOKENIZE = fields.request_schema(fields.DETOKENIZE, ("tokens",))
 
 
 class TokensCall(Call):
-    """A request to one of the endpoints.
+    """A request to /tokenize or /detokenize.
 
     Args:
         service, path, send: as in `Call`.

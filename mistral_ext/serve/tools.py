@@ -1,4 +1,4 @@
-"""Tools in OpenAI's API: the fields that offer tools, and the calls in answers."""
+"""Handles tools in OpenAI's API: the fields that offer tools, and the calls in answers."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def tool_use_of(given: Mapping[str, Any], form: ToolFormat | None) -> ToolUse | 
 
 
 def delta_of(piece: ToolDelta) -> dict[str, Any]:
-    """Makes an element of a delta's tool_calls from new text of a call. A client joins the texts of
-    all pieces of a call, so the id, the type and the name must come only once."""
+    """Makes an element of a delta's tool_calls from new text of a call. A client joins the texts
+    that it gets for a call, so the id, the type and the name must come only once."""
     if piece.call:
         return {"index": piece.index, **piece.call.as_message()}
     return {"index": piece.index, "function": {"arguments": piece.arguments}}

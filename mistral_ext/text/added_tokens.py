@@ -1,8 +1,8 @@
-"""Tokens that a fine-tune added to its base model's vocabulary.
+"""Reads the tokens that a fine-tune added to its base model's vocabulary, and finds them in texts.
 
-Up to three files list them: `tokenizer.json`, `tokenizer_config.json` ("added_tokens_decoder") and
-`added_tokens.json`. Encoding first cuts a text at the added tokens that it spells out. Then the
-vocabulary's own algorithm encodes the pieces between them.
+Up to three files list these tokens: `tokenizer.json`, `tokenizer_config.json`
+("added_tokens_decoder") and `added_tokens.json`. Encoding first cuts a text at the added tokens
+that it spells out. Then the vocabulary's own algorithm encodes the pieces between them.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class AddedTokens:
         tokens: the added tokens by their ids. Some may belong to the base vocabulary.
         names: the texts of the tokens for "bos_token", "eos_token" and so on, if a file names them.
             A text is None if a file says that there is no such token.
-        prefix: encoding puts a space before a text. If the text was cut at added tokens, these
-            pieces get the space: "first", "all", or "unspaced" (the pieces that do not begin with a
-            space).
+        prefix: if a text was cut at added tokens, the pieces that get the space that encoding puts
+            before a text: "first" (only the first piece), "all", or "unspaced" (the pieces that do
+            not begin with a space).
     """
 
     tokens: dict[int, AddedToken]
@@ -81,10 +81,10 @@ class AddedTokens:
 
 
 def read_added_tokens(folder: Path) -> AddedTokens:
-    """Reads the files that list added tokens, as many of them as a model folder has.
+    """Reads the files that list added tokens. Each of them may be missing from a model folder.
 
     Raises:
-        ValueError: a file is damaged; the message names it.
+        ValueError: a file is damaged. The message names the file.
     """
     data = {
         name: read_json_object(folder / name) if (folder / name).is_file() else {}
@@ -156,8 +156,8 @@ def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
 
 
 def _merge(tokens: dict[int, AddedToken], more: Iterable[AddedToken]) -> None:
-    """Adds tokens of another file. Earlier tokens stay, but one becomes a control token if the
-    other file says so."""
+    """Adds tokens of another file. A token that is there already stays as it is, except that it
+    becomes a control token if it is one in the other file."""
     by_content = {token.content: token.id for token in tokens.values()}
     for token in more:
         token_id = by_content.get(token.content, token.id)
@@ -175,13 +175,14 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for part in parts(tokenizer.get("pre_tokenizer")):
         if part.get("type") == "Metaspace":
             return "unspaced" if part.get("prepend_scheme", "always") == "always" else "first"
-    # Without a tokenizer.json the key "legacy" decides: false means that no space follows an added
-    # token. Older files do not have this key.
+    # Without a tokenizer.json the key "legacy" decides. If it is false, no space follows an added
+    # token. Older files do not have this key, which then counts as true.
     return "first" if config.get("legacy") is False else "all"
 
 
 def parts(step: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer. If it is a sequence, these are its members."""
+    """The steps of a normalizer or pre-tokenizer: the members of a sequence, or else the step
+    itself."""
     if not isinstance(step, dict):
         return []
     inner = step.get("normalizers") or step.get("pretokenizers") or [step]
@@ -197,7 +198,8 @@ class TokenFinder:
         self._pattern = re.compile(self._any)
 
     def split(self, text: str) -> list[str | int]:
-        """The ids of the tokens in a text, and the non-empty pieces of text around them."""
+        """The ids of the tokens in a text, and the non-empty pieces of text around them, without
+        the white space that belongs to a token."""
         pieces: list[str | int] = []
         start = 0
         for match in self._pattern.finditer(text):

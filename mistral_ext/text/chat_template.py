@@ -1,4 +1,4 @@
-"""Chat: turns messages into token ids, with the template that a model was trained with.
+"""Turns the messages of a chat into token ids, with the template that a model was trained with.
 
 Mistral's own Instruct models have the templates of mistral-common, Mistral's implementation. v1
 writes [INST] as plain text and puts the system prompt before the first user turn. v2 and v3 write
@@ -38,7 +38,7 @@ TEMPLATES = ("v1", "v2", "v3")
 _OVERRIDE = "; if it was trained with Mistral's chat format, pass template='v1', 'v2' or 'v3'"
 
 _TOOL_CALLS = "[TOOL_CALLS]"  # Mistral's control token before calls
-_TOOL_KEYS = ("tool_calls", "tool_call_id", "name")  # of messages
+_TOOL_KEYS = ("tool_calls", "tool_call_id", "name")  # keys of messages, for tools only
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -157,17 +157,18 @@ ChatTemplate = str | JinjaTemplate
 def chat_template_of(
     folder: str | Path, tokenizer: Tokenizer, is_instruct: bool = False
 ) -> ChatTemplate:
-    """Returns the chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or its
-    own.
+    """Returns the chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or the
+    folder's own template.
 
-    A folder's template counts as one of Mistral's if both write the same conversation, apart from
-    white space. Mistral's published templates differ from mistral-common in white space, and
-    mistral-common is right.
+    If the folder's template writes conversations as mistral-common does, apart from white space,
+    that of mistral-common is returned. Mistral's published templates differ from mistral-common in
+    white space, and mistral-common is right.
 
     Args:
         folder: the folder of the model.
         tokenizer: the tokenizer of the model.
-        is_instruct: whether the model is a Mistral Instruct model, if the folder has no template.
+        is_instruct: whether the model is a Mistral Instruct model. This counts only if the folder
+            has no template.
 
     Raises:
         ValueError: the model seems to be a base model, or a file or template is damaged. The
@@ -201,13 +202,13 @@ def encode_chat(
         messages: dicts {"role": "system" | "user" | "assistant" | "tool", "content": str} in
             OpenAI's format. An assistant's message may have "tool_calls", and a tool's message has
             "tool_call_id". The last message is the user's or a tool's. Mistral's templates join
-            neighbours of the same role by an empty line. A model's own template may refuse them, or
-            take more keys.
+            neighbours of the same role by an empty line. A model's own template may refuse such
+            neighbours, or take more keys of messages.
         template: the chat template: "v1", "v2" or "v3", or the model's own. None: the template of
             the tokenizer's version.
         tools: functions that the model may call, in OpenAI's format.
-        asks: whether the ids end where the model should reply. If False, the last message is the
-            assistant's, and the ids end with this message.
+        asks: whether the ids end where the model should reply. If False, the last message must be
+            the assistant's, and the ids end with this message.
 
     Raises TypeError or ValueError that says which message, or which order of roles, is wrong.
     """
@@ -248,17 +249,17 @@ def extend_chat(
     template: ChatTemplate | None = None,
     tools: Tools | None = None,
 ) -> list[int]:
-    """encode_chat() for the next turn of a chat. If possible, the result extends the ids in the KV
-    cache.
+    """Does what encode_chat() does, for the next turn of a chat. If possible, the result extends
+    the ids in the KV cache.
 
     cached_ids are the ids of the last turn: its prompt, and the reply as the model wrote it, with
     or without the end of the turn. The model may spell a reply in other tokens than the tokenizer
     would. The result then keeps the model's tokens, so that the reply is not read again.
 
-    If the text of cached_ids is not the beginning of the conversation's text, the result is the
-    same as encode_chat()'s. Then only a common prefix with cached_ids can be reused. This happens
-    with a reply cut at a stop string, a system prompt (v2 and v3 move it to the new turn), and a
-    template that trims replies.
+    If the text of cached_ids is not the beginning of the conversation's text, the result is that of
+    encode_chat(), and only the prefix that it shares with cached_ids can be reused. This happens
+    with a reply that was cut at a stop string, with a system prompt (v2 and v3 move it to the new
+    turn), and with a template that trims replies.
     """
     ids = encode_chat(tokenizer, messages, template, tools)
     # The token with which the model ends a turn may differ from the token that the template writes.
@@ -270,8 +271,8 @@ def extend_chat(
 
 
 def _length_of(tokenizer: Tokenizer, ids: Sequence[int], text: bytes) -> int | None:
-    """The number of first ids whose transcript is `text`. Returns None if `text` ends within a
-    token, or differs."""
+    """The number of ids at the beginning of `ids` whose transcript is `text`. Returns None if
+    `text` ends within a token, or if the transcript of `ids` does not begin with `text`."""
     if not transcript(tokenizer, ids).startswith(text):
         return None
     length = 0
@@ -331,7 +332,7 @@ def _check_tools(tools: Any) -> None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy of a value made of lists, dicts, strings and numbers. Raises an error for other
+    """A copy of a value made of lists, dicts, strings and numbers. Raises TypeError for other
     objects, because a template could call their methods."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
@@ -446,7 +447,8 @@ class _TextTokenizer:
         return self._tokenizer.decode(tokens)
 
     def get_special_token(self, s: str) -> int:
-        # Templates also look up tokens for images and tools, which older vocabularies lack.
+        # Templates also look up tokens for images and tools. Older vocabularies lack these tokens,
+        # and then the id is not used.
         return self._tokenizer.control_ids.get(s, 0)
 
 
@@ -470,8 +472,8 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
         try:
             ids = template.encode(probe)
         except ValueError:
-            # Mistral's first template refuses system prompts. If everything else is the same,
-            # mistral-common decides where they go.
+            # Mistral's first published template refuses system prompts. If the other probe gives
+            # the same text, the template counts as Mistral's.
             if probe is _SYSTEM_PROBE:
                 continue
             return False
@@ -483,8 +485,8 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
 
 
 def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
-    """The file with a folder's chat templates, and their texts by name. None: the folder has no
-    template."""
+    """The file with a folder's chat templates, and the texts of the templates by name. Returns None
+    if the folder has no template."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         more = sorted((folder / "additional_chat_templates").glob("*.jinja"))

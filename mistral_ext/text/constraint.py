@@ -1,4 +1,4 @@
-"""Constraints of completions: a JSON schema, a regular expression or a Lark grammar.
+"""Checks constraints of completions: a JSON schema, a regular expression or a Lark grammar.
 
 `grammar` compiles a constraint. Importing this module takes little time.
 """
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MOST_BYTES = 2**16  # the limit for a schema, regular expression or grammar
-MOST_LEVELS = 64  # the most levels of nesting in its text
+MOST_BYTES = 2**16  # the most bytes of a schema, regular expression or grammar
+MOST_LEVELS = 64  # the most levels of nested brackets in it
 
-# White space between the tokens of JSON. Without this limit a model may write white space up to
-# max_tokens.
+# The white space that JSON may have between its tokens. Without the limit of 8 a model may write
+# white space up to max_tokens.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 
 
@@ -80,8 +80,8 @@ def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def closed(schema: Any) -> Any:
-    """A copy of a schema in which objects with listed properties have no others, unless the schema
-    says that they may."""
+    """A copy of a schema in which objects with listed properties may have no other properties,
+    unless the schema itself says whether they may."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):

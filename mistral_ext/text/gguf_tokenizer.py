@@ -1,4 +1,4 @@
-"""Tokenizers from the metadata of GGUF files.
+"""Makes tokenizers from the metadata of GGUF files.
 
 Two kinds are supported. "llama" is SentencePiece: this module makes a SentencePiece model in
 memory, and the library encodes with it. "gpt2" is byte-level BPE: this module makes a
@@ -96,7 +96,7 @@ def gguf_chat_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, st
 
 
 class _Tokens:
-    """The tokens of a file: texts, types, and the ids of tokens with special uses."""
+    """The tokens of a file: their texts and types, and the ids of tokens with special uses."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path = path
@@ -108,7 +108,14 @@ class _Tokens:
     def values(
         self, key: str, kind: type, default: Sequence[Any] | None = None, length: int | None = None
     ) -> Sequence[Any]:
-        """An array of texts or numbers, as a list."""
+        """An array of texts or numbers, as a list.
+
+        Args:
+            key: the key of the array after "tokenizer.ggml.".
+            kind: the type of the elements, in Python.
+            default: the array if the file has none. None: the file must have it.
+            length: the number of elements. None: any number but 0.
+        """
         value = self._metadata.get(f"tokenizer.ggml.{key}", default)
         values = value if isinstance(value, list) else getattr(value, "tolist", list)()
         if value is None or not values or not isinstance(values[0], kind):
@@ -147,8 +154,8 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """Makes added tokens of the tokens of some types. `ids` has the ids of tokens with a
-        special use, such as "eos"."""
+        """Makes added tokens of the tokens that have one of some types. `ids` has the ids of tokens
+        with a special use, such as "eos". None: the file has no such token."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
             if kind in types and text:
@@ -158,7 +165,7 @@ class _Tokens:
             f"{use}_token": None if token_id is None else self.texts[token_id]
             for use, token_id in ids.items()
         }
-        # llama.cpp also puts a space before each piece that follows an added token.
+        # "all", because llama.cpp puts a space before each piece that follows an added token.
         return AddedTokens(tokens, names, prefix="all")
 
 
@@ -177,7 +184,7 @@ def _sentencepiece(tokens: _Tokens) -> Vocabulary:
 
 def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: bool) -> bytes:
     """The bytes of a SentencePiece ModelProto (sentencepiece_model.proto). It describes BPE without
-    normalisation, which spells characters without a token in bytes."""
+    normalisation. A character without a token of its own is spelled in bytes."""
     proto = bytearray()
     for text, score, kind in pieces:
         if kind == _USER_DEFINED and has_control_shape(text):

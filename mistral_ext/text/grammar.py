@@ -1,8 +1,8 @@
-"""Grammars: they say which tokens may come next in a completion with a constraint.
+"""Says which tokens may come next in a completion with a constraint.
 
 `GrammarCompiler` makes a `Grammar` from a `Constraint` for a tokenizer, with the library llguidance
-(extra `[structure]`). A `Matcher` follows one completion. A constraint that is not understood
-raises an error, so that no completion is made without it.
+(extra `[structure]`). A `Matcher` follows one completion. A constraint that cannot be compiled
+raises an error, so that no completion is made without its constraint.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _NO_TEXT = "no text matches it"
 
 
 class GrammarCompiler:
-    """Compiles grammars for a tokenizer, and keeps those that were used last. Any thread may call
-    it."""
+    """Compiles grammars for a tokenizer, and keeps the grammars that were used last. Any thread may
+    call the methods."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -53,10 +53,10 @@ class GrammarCompiler:
 
         Args:
             constraint: the rule that completions must match.
-            starts_text: whether completions begin a text. If False, they continue a text. If the
-                tokenizer puts a space before a text (`Tokenizer.adds_first_space`), a completion
-                that begins a text has this space before what must match (with a schema it may lack
-                the space).
+            starts_text: whether completions begin a text. If False, they continue a text. A
+                completion that begins a text has a space before what must match, if the tokenizer
+                puts a space before a text (`Tokenizer.adds_first_space`). With a schema this space
+                is optional.
 
         Raises:
             ValueError: the constraint does not compile, or nothing matches it.
@@ -97,7 +97,8 @@ class _Vocabulary:
         ]
         self.special_token_ids = sorted({*names, tokenizer.eos_id})
         self._tokenizer = tokenizer
-        # After another character, encoding puts no space before a text.
+        # Encoding puts no space before a text that follows this character. `__call__` removes the
+        # tokens of the character.
         self._before = "\N{WHITE SMILING FACE}" if tokenizer.adds_first_space else ""
         self._count = len(self._encode(""))
 
@@ -116,12 +117,12 @@ class Grammar:
     Args:
         vocabulary: the tokenizer's vocabulary, as llguidance has it.
         constraint: what completions have to match.
-        is_spaced: whether a space precedes the text that must match. Before JSON a space is
-            optional in any case.
+        is_spaced: whether a space precedes the text that must match. With a schema this argument
+            has no effect: a space before JSON is optional.
 
     Attributes:
-        is_spent: whether its automaton, which grows with use, has reached its limits. Then replace
-            the grammar by `anew`.
+        is_spent: whether llguidance's automaton of this grammar, which grows with use, has reached
+            its limits. If so, replace the grammar by the result of `anew`.
 
     Raises:
         ValueError: the constraint does not compile, or nothing matches it.
@@ -144,13 +145,14 @@ class Grammar:
             raise self._problem(self._prototype.get_error())
         self._first = self.allowed(self._prototype)
         if constraint.kind != "tools" and (constraint.kind == "schema" or is_spaced):
-            # A space may come first even if nothing can follow it.
+            # A space may come first even if no text matches. So what may follow the space is
+            # checked, too.
             behind = self._prototype.deep_copy()
             behind.consume_tokens(vocabulary.greedy_tokenize(" "))
             self.allowed(behind)
 
     def anew(self) -> Grammar:
-        """Compiles this grammar again, with an automaton that has not grown yet."""
+        """Returns a copy of this grammar that is compiled again, so its automaton has not grown."""
         return Grammar(*self._given)
 
     def state(self, token_ids: list[int]) -> LLMatcher:
@@ -160,7 +162,7 @@ class Grammar:
         return state
 
     def matcher(self, end_ids: Sequence[int] = (), may_end: bool = True) -> Matcher:
-        """A matcher for a new completion."""
+        """A matcher for a new completion. The arguments are as in `Matcher`."""
         return Matcher(self, self.state([]), self._first, end_ids, may_end)
 
     def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
@@ -171,8 +173,8 @@ class Grammar:
                 is not complete.
         """
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        # After an error the mask allows only the end, as it also does where a text may end. So
-        # errors are checked first.
+        # After an error the mask allows only the end of the text, as it also does where nothing but
+        # the end may come. So errors are checked first.
         if matcher.is_error():
             reason = matcher.get_error()
             if "NoExtension" in reason:
@@ -187,8 +189,8 @@ class Grammar:
         return allowed
 
     def bytes_in(self, allowed: NDArray[np.bool_]) -> int:
-        """A number for the set of ASCII characters that may come next (as tokens of their own). It
-        is the same for states with the same set."""
+        """A number for the set of ASCII characters that may come next (as tokens of their own).
+        States with the same set have the same number."""
         return hash(allowed[self._bytes].tobytes())
 
     def _problem(self, reason: str) -> ValueError:
@@ -247,7 +249,7 @@ class Matcher:
         """
         if not self.allowed[token_id]:
             raise ValueError(f"token {token_id} does not match what a completion has to match")
-        self._state.consume_token(token_id)  # an error shows at the next mask
+        self._state.consume_token(token_id)  # an error shows only when the next mask is computed
         self._token_ids.append(token_id)
         known = self._ahead.known(token_id) if self._ahead else None
         if known is None or self._state.is_error():
@@ -257,7 +259,7 @@ class Matcher:
     def ahead(self) -> Ahead:
         """Returns an object that follows guesses of the next tokens. This matcher does not
         change."""
-        # The state is copied, because too much work would break it.
+        # The state is copied, because a guess that takes too much work makes its state unusable.
         self._ahead = Ahead(self._grammar, self._state.deep_copy())
         return self._ahead
 
@@ -323,9 +325,9 @@ class Ahead:
         return self._grammar.bytes_in(allowed)
 
     def known(self, token_id: int) -> NDArray[np.bool_] | None:
-        """The result of `Grammar.allowed` after the completion's next token, if this token was
-        guessed and all guesses before it were right. So right guesses cost no work twice. Otherwise
-        None."""
+        """Takes the completion's next token. If this token was guessed, and all guesses before it
+        were right, returns the result of `Grammar.allowed` after it, which `take` has computed.
+        Otherwise forgets all guesses and returns None."""
         if self._guessed and self._guessed[0][0] == token_id:
             return self._guessed.popleft()[1]
         self._guessed.clear()
@@ -356,8 +358,8 @@ def _source(constraint: Constraint, is_spaced: bool) -> str:
 
 
 def _grammars(constraint: Constraint, is_spaced: bool) -> list[dict[str, Any]]:
-    """Makes a grammar of the whole completion, and the grammar of the text in it. Before the text
-    the completion may have a space."""
+    """Makes two grammars: that of the whole completion, and that of the text in it that must match.
+    The whole completion may have a space before this text."""
     from llguidance import LLMatcher
 
     body: dict[str, Any] = {"name": "body"}

@@ -1,9 +1,9 @@
-"""Guardrails: the system prompt and the self-reflection of Mistral 7B's paper (arXiv 2310.06825,
-section 5).
+"""Implements the guardrails of Mistral 7B's paper: a system prompt and self-reflection
+(arXiv 2310.06825, section 5).
 
-The system prompt asks for replies without harmful content. In self-reflection the model says, in
-one of four words, which kind of content a text is. The answer can only be one of these words, and
-the probabilities of the words are the scores.
+The system prompt asks for replies without harmful content. In self-reflection the model is asked
+which of four words names the kind of content of a text. No answer is generated: the probabilities
+of the four words are the scores.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Moderation:
 
 
 def with_safe_prompt(messages: Sequence[Message]) -> list[Message]:
-    """Messages with `SAFE_PROMPT` at the beginning of the system prompt."""
+    """Returns the messages with `SAFE_PROMPT` at the beginning of the system prompt, or as the
+    system prompt if there is none."""
     first, *others = messages or [{}]
     if first.get("role") != "system" or not isinstance(first.get("content"), str):
         return [{"role": "system", "content": SAFE_PROMPT}, *messages]
@@ -142,7 +143,7 @@ def encode_question(
 
 
 def label_ids(tokenizer: Tokenizer) -> tuple[list[int], dict[str, int]]:
-    """The tokens with which all of `LABELS` begin, and the next token of each label.
+    """The tokens with which all of `LABELS` begin, and for each label the token that follows them.
 
     Raises:
         ValueError: two labels have the same next token.

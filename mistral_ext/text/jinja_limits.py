@@ -1,7 +1,7 @@
-"""The limits of a rendering: its steps, its time, and the size of what it makes.
+"""Limits the rendering of a template: its steps, its time, and the size of what it makes.
 
 `jinja_sandbox` counts each step and measures each result here. If a short expression can make a
-large result, one of the checks counts the size before the result is made.
+large result, a function `before_...` counts the size before the result is made.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import jinja2
 
 MAX_STEPS = 300_000
 MAX_SECONDS = 10.0
-# The characters that a template may make: a constant, plus some for each character of its input.
+# The number of characters that a rendering may make is MAX_MADE, plus MAX_MADE_PER_CHARACTER for
+# each character of its input.
 MAX_MADE = 2**24
 MAX_MADE_PER_CHARACTER = 64
 
 _MAX_ARGUMENT = 1_000_000
 _MAX_BITS = 2048
-ITEM = 16  # an item of a list counts as this many characters
+ITEM = 16  # an element of a list or dict counts as this many characters
 
 
 class LimitError(jinja2.TemplateError):
@@ -54,10 +55,11 @@ METER: ContextVar[Meter] = ContextVar("meter")
 
 
 def text_size(value: Any) -> int:
-    """The approximate number of characters of str(value). Raises an error if it exceeds the limit.
+    """The approximate number of characters of str(value). Raises LimitError if they are more than
+    the rendering may still make.
 
     A list may contain another list twice, which contains a third list twice, and so on. Such a
-    value is small in memory, but its text is endless.
+    value is small in memory, but its text is huge.
     """
     if isinstance(value, str):
         return len(value)
@@ -122,7 +124,7 @@ def before_format(text: str, arguments: Any) -> None:
 def before_fields(text: str, arguments: Any) -> None:
     for _, field, _, _ in Formatter().parse(text):
         if field and "." in field:
-            raise LimitError("it formats an attribute")  # its text could have any size
+            raise LimitError("it formats an attribute")  # an attribute's text may have any size
     before_format(text, arguments)
 
 

@@ -1,19 +1,20 @@
-"""Renders Jinja templates that come with a model. They are programs by strangers.
+"""Renders Jinja templates that come with a model. Such templates are programs by strangers.
 
 The result is the text of transformers' `apply_chat_template`: the same dialect of Jinja with the
 same extras. But a template can neither reach beyond its variables, nor run for ever, nor fill the
 memory.
 
-- jinja2's sandbox keeps it to its variables.
-- Each turn of a loop, call, filter, test and arithmetic operator is a step. The number of steps is
-  limited, and so is the time.
+- jinja2's sandbox keeps a template to its variables.
+- Each iteration of a loop, call, filter, test and arithmetic operator is a step. The number of
+  steps is limited, and so is the time.
 - The size of each result is counted. If a short expression can make a large result, the size is
   counted before the result is made.
 
-Some functions are left out. For some, size or time cannot be measured: filters whose time may grow
-with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods that
-take a codec or a table (`encode`, `translate`). Random functions (`random`, `lipsum`) would give
-the same conversation different texts. Chat templates do not need `attr`, `urlencode` or `xmlattr`.
+Some of Jinja's functions are left out. The time of some filters may grow with the square of the
+text's length (`pprint`, `wordwrap`, `striptags`, `urlize`). The result of string methods that take
+a codec or a table may have any size (`encode`, `translate`). Random functions (`random`, `lipsum`)
+would give the same conversation different texts. Chat templates do not need `attr`, `urlencode` or
+`xmlattr`.
 
 The limits need no thread, signal or process, so rendering works in any thread.
 """
@@ -51,7 +52,7 @@ from mistral_ext.text.jinja_limits import (
     text_size,
 )
 
-MAX_SOURCE = 2**18  # characters of a template; the longest published templates have 2**15
+MAX_SOURCE = 2**18  # the most characters of a template; the longest published ones have 2**15
 
 
 def _words(text: str) -> frozenset[str]:
@@ -82,7 +83,7 @@ class SandboxedTemplate:
 
     Args:
         source: the text of the template.
-        name: its file, for error messages.
+        name: the name of the template's file, for error messages.
 
     Raises:
         ValueError: the text is not Jinja, or is longer than `MAX_SOURCE`.
@@ -110,8 +111,8 @@ class SandboxedTemplate:
             ValueError,
             jinja2.TemplateError,
         ) as error:
-            # These are Python's own limits: blocks or parentheses are nested too deeply, or numbers
-            # too long.
+            # Python has limits of its own: blocks or parentheses are nested too deeply, or numbers
+            # are too long.
             raise ValueError(f"{name}: the chat template cannot be compiled: {error}") from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
@@ -121,7 +122,7 @@ class SandboxedTemplate:
             variables: strings, numbers, None, lists and dicts only.
 
         Raises:
-            ValueError: the template raises an exception, whose message this error has, or fails, or
+            ValueError: the template calls raise_exception (the error has its message), or fails, or
                 exceeds a limit.
         """
         token = METER.set(Meter(text_size(variables)))
@@ -154,7 +155,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
         self.filters["tojson"] = _metered("tojson", _tojson)
-        tests: Mapping[str, Any] = self.tests  # for type checkers these are plain functions
+        tests: Mapping[str, Any] = self.tests  # Any, so that type checkers accept each function
         self.tests = {name: _stepped(test) for name, test in tests.items()}
         self.globals = {name: self.globals[name] for name in _GLOBALS} | {
             "dict": _make_dict,
@@ -177,7 +178,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         # In loops and blocks jinja2 adds its own arguments, and removes them later.
         given = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         check_arguments(*args, *given.values())
-        method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 has wrapped str.format
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             name = method.__name__
@@ -211,13 +212,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # Functions that _Metering inserts into a template
 
     def turn(self, characters: int) -> bool:
-        """Counts a step for an iteration of a loop or a call of a macro, and the characters of its
-        constant text."""
+        """Counts a step for an iteration of a loop or a call of a macro, and the characters of the
+        constant text in its body."""
         METER.get().made(characters)
         return True
 
     def same(self, value: Any) -> Any:
-        return value  # calls are measured
+        return value  # `call` measures the result of each call, and so this value
 
     def join_measured(self, *values: Any) -> str:
         METER.get().made(sum(map(text_size, values)))
@@ -230,7 +231,9 @@ class _Metering(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.visit_Macro(node)
-        if node.test is not None:  # {% for a in ... if ... %}: the body does not run each time
+        # In {% for a in ... if ... %} the body runs only if the test is true, so the test counts a
+        # step, too.
+        if node.test is not None:
             node.test = nodes.And(_call("turn", [nodes.Const(0)], node.lineno), node.test)
         return node
 
@@ -249,7 +252,7 @@ class _Metering(NodeTransformer):
 
     def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        if getattr(node, "ctx", "load") != "load":  # {% for a, b in ... %}
+        if getattr(node, "ctx", "load") != "load":  # a target, such as {% for a, b in ... %}
             return node
         return _call("same", [node], node.lineno)
 
@@ -285,7 +288,7 @@ class _Namespace(jinja2.utils.Namespace):
         jinja2.utils.Namespace.__setitem__(self, name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # its contents cannot be measured
+        return "<Namespace>"  # the contents are left out, because they cannot be measured
 
 
 def _check_attribute(name: Any) -> None:
@@ -319,7 +322,7 @@ def _tojson(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     pieces = []
-    for piece in encoder.iterencode(value):  # item by item
+    for piece in encoder.iterencode(value):  # one element after another, until a limit
         meter.made(len(piece))
         pieces.append(piece)
     return "".join(pieces)
@@ -327,7 +330,8 @@ def _tojson(
 
 @jinja2.pass_context
 def _written(context: Any, value: Any) -> Any:
-    """Is called with each value that a template writes."""
+    """Counts the size of a value. jinja2 calls this function for each value that a template
+    writes."""
     METER.get().made(text_size(value))
     return value
 
@@ -335,7 +339,7 @@ def _written(context: Any, value: Any) -> Any:
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # position of the filtered value
 
-    @functools.wraps(function)  # keeps the attribute for which jinja2 passes its context
+    @functools.wraps(function)  # keeps the attribute that makes jinja2 pass its context
     def metered(*args: Any, **kwargs: Any) -> Any:
         meter = METER.get()
         meter.step()
@@ -351,7 +355,7 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             before_format(str(value), [*rest, *kwargs.values()])
         elif name in ("batch", "slice"):
             before_rows(*rest, *kwargs.values())
-            # This is a list, because a generator could not be measured.
+            # The result is made a list, because a generator could not be measured.
             return measured(list(function(*passed, value, *rest, **kwargs)))
         elif name == "join":
             value = list(value)

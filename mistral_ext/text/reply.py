@@ -18,8 +18,8 @@ def encode_reply(
 ) -> tuple[list[int], list[int]]:
     """Returns the token ids of the prompt for a conversation's last message, and of this message.
 
-    `encode_chat` makes the same prompt. So a model that learns to continue it gets the same prompt
-    later.
+    `encode_chat` makes the same prompt. So a model that learns to continue this prompt gets the
+    same prompt when it is used.
 
     Args:
         messages: the messages, as in `encode_chat`, except that the last message is the
@@ -31,8 +31,8 @@ def encode_reply(
         it.
 
     Raises:
-        ValueError: the messages are not a conversation, or the template writes the earlier messages
-            differently once the reply is there.
+        TypeError, ValueError: the messages are not a conversation, or the template writes the
+            earlier messages differently if the reply follows.
     """
     prompt = encode_chat(tokenizer, messages[:-1], template, tools)
     whole = encode_chat(tokenizer, messages, template, tools, asks=False)
@@ -48,17 +48,19 @@ def encode_reply(
 
 
 def _encode_after(tokenizer: Tokenizer, ids: Sequence[int], length: int) -> list[int]:
-    """The ids of the text after the first `length` bytes of a transcript. These bytes may end in a
-    token.
+    """The ids of the text after the first `length` bytes of a transcript. These bytes may end
+    inside a token.
 
-    The model writes a reply as a separate text, and cannot complete a token of the prompt.
+    The model writes a reply after the tokens of the prompt, and cannot complete such a token. So
+    the text after these bytes is encoded separately.
     """
     first, end, last = 0, 0, b""
     while end < length:
         last = transcript(tokenizer, ids[first : first + 1])
         end += len(last)
         first += 1
-    pieces: list[str | int] = [tokenizer.bos_id]  # the reply does not begin a text
+    # A first piece that is removed below: the reply must not be encoded as the beginning of a text.
+    pieces: list[str | int] = [tokenizer.bos_id]
     text = last[len(last) - (end - length) :]
     for token_id in ids[first:]:
         if data := tokenizer.token_bytes(token_id):

@@ -35,6 +35,9 @@ def sentencepiece_vocabulary(
         model: the bytes of the model, which are a protocol buffer.
         added: tokens that SentencePiece must not find by itself. The model may have them too.
         bos_id: the id of the beginning-of-text token. None: the model names it.
+
+    Raises:
+        ValueError: the model is damaged, or has no <s> or no </s>.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -63,7 +66,8 @@ def sentencepiece_vocabulary(
     unknown = processor.unk_id()
     is_replaced = pieces[unknown] != processor.id_to_piece(unknown)
     if not any(map(processor.is_byte, range(base_size))) and not is_replaced:
-        # Without tokens of bytes it stands for characters of a text, which must not be lost unseen.
+        # Without tokens of bytes the unknown token stands for characters of a text. They must not
+        # vanish, so the token is shown.
         control.discard(unknown)
         token_bytes[unknown] = processor.decode([unknown]).encode("utf-8")  # " ⁇ "
     names = {piece: i for i, piece in pieces.items()}
@@ -107,9 +111,9 @@ def _add(
     """Enters added tokens into the tables of a vocabulary. Returns the tokens to find in every
     text.
 
-    An added token may have the id of a token of the base vocabulary. If it has the same name, that
-    token keeps its bytes, unless it becomes a control token. If it has a new name, it replaces that
-    token, which should be a reserved one.
+    An added token may have the id of a token of the base vocabulary. If both have the same name,
+    the base token keeps its bytes, unless it becomes a control token. If the names differ, the
+    added token replaces the base token, which should be a reserved one.
     """
     found = []
     for i, token in added.tokens.items():

@@ -1,8 +1,8 @@
 """Turns token ids into text, one id at a time.
 
-There are three reasons why a token's text is not final when the token arrives. It may end inside a
-UTF-8 character. Its space may be the space that encoding puts before a text. Its end may turn out
-to be the beginning of a stop string.
+A token's text may not be final when the token arrives, for three reasons. The token may end inside
+a UTF-8 character. Its first space may be the space that encoding puts before a text. Its end may
+turn out to be the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TextStream:
         tokenizer: gives the bytes of each token.
         stop: strings that end the text. They are not part of it.
         strip_first_space: whether the ids begin a text (such as a chat reply), so that the space
-            that encoding puts there is dropped. If False, they continue a text.
+            that encoding puts there is dropped. If False, the ids continue a text.
         divider: the id of a control token that divides the text. Neither stop strings nor
             characters reach across it, so text that was held back is final when this token comes.
             None: no token divides the text.
@@ -60,7 +60,7 @@ class TextStream:
         return "".join(self._pieces)
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that became final, often "".
+        """Takes a token. Returns the text that became final, which may be "".
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -81,7 +81,7 @@ class TextStream:
         held = self._held + new
         begins = [i for s in self._stop if (i := held.find(s)) >= 0]
         cut = min(begins, default=len(held))
-        # An incomplete stop string may begin before a complete one.
+        # If an incomplete stop string begins before a complete one, its end has to be awaited.
         partial = len(held) if final else self._partial_stop(held)
         if cut <= partial and begins:
             self.stopped = True

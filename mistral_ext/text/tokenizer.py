@@ -58,9 +58,10 @@ def check_text(text: str, name: str) -> None:
 
 
 def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
-    """Raises TypeError or ValueError unless ids are one or more token ids. The message has
-    `name`."""
-    # In Python, the elements of bytes are ints, and bool is a subclass of int.
+    """Raises TypeError or ValueError unless ids are a sequence of one or more token ids below
+    vocab_size. The message has `name`."""
+    # In Python the elements of bytes are ints, and bool is a subclass of int. Neither bytes nor
+    # bools are token ids.
     if (
         not isinstance(ids, Sequence)
         or isinstance(ids, bytes | bytearray | memoryview)
@@ -79,27 +80,30 @@ class Tokenizer:
 
     Attributes:
         path: the file that holds the tokenizer.
-        bos_id, eos_id: the ids of <s> and </s>. The files may name another token for eos_id.
+        bos_id, eos_id: the ids of the tokens that begin and end a text. They are <s> and </s>,
+            unless the files name other tokens.
         control_ids: name -> id of every control token, e.g. {"<s>": 1, "[INST]": 3, ...}. Text
             encodes to a control token only on request, and control tokens decode to nothing. The
-            unknown token, <unk>, is a control token, unless SentencePiece files need it for
-            characters, because they have no tokens of bytes. An added token is a control token if a
-            file marks it special, or if it has the form <|name|>, because many fine-tunes do not
-            mark <|im_start|> and <|im_end|>.
+            unknown token, <unk>, is a control token, except in a SentencePiece file without tokens
+            of bytes, where it stands for characters. An added token is a control token if a file
+            marks it special, or if it has the form <|name|>, because many fine-tunes do not mark
+            <|im_start|> and <|im_end|>.
         names: the texts of tokens by their use ("bos_token", "pad_token", ...), if the files name
             them. A text is None if the files say that there is no such token.
-        base_size: the number of ids without added tokens. A model must have at least as many rows.
+        base_size: the number of ids without added tokens. A model's output matrix must have at
+            least as many rows.
         adds_bos: whether encoding begins with the beginning-of-text token (true for Mistral's
             files).
-        chat_templates: templates by name, if the file itself holds them, as GGUF files do.
+        chat_templates: templates by name, if the file itself holds them, as GGUF files do. Empty:
+            it holds no templates.
         adds_first_space: whether encoding puts a space before the text (true for Mistral's files).
 
     Args:
         encode: returns the ids of a text.
         token_bytes: the bytes of each id, or None if no token has the id.
         encode_rest: returns the ids of a text after a control token. None: `encode` does this, too.
-        added: tokens beyond the base vocabulary. Control tokens also keep their flags (`lstrip`,
-            ...).
+        added: the added tokens. They give the control tokens their flags (`lstrip`, ...). None: no
+            tokens were added.
     """
 
     def __init__(
@@ -135,11 +139,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
-        """Read the tokenizer of a model folder; None when the folder has no tokenizer file.
+        """Reads the tokenizer of a model folder. Returns None if the folder has no tokenizer file.
 
-        Takes `tokenizer.model`, else `tokenizer.model.vN` with the highest N, else
+        Reads `tokenizer.model`, else `tokenizer.model.vN` with the highest N, else
         `tokenizer.json`, and adds the tokens of other files. Raises ValueError if a file is damaged
-        or unsuitable; the message names it.
+        or unsuitable. The message names the file.
         """
         folder = Path(folder)
         names = {path.name for path in folder.iterdir()}
@@ -165,10 +169,10 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer | None:
-        """Makes the tokenizer that the metadata of a GGUF file describe. Returns None if they have
-        none.
+        """Makes the tokenizer that the metadata of a GGUF file describe. Returns None if they
+        describe no tokenizer.
 
-        Raises ValueError if they are wrong. The message names the file.
+        Raises ValueError if the metadata are wrong. The message names the file.
         """
         vocabulary = gguf_vocabulary(path, metadata)
         if vocabulary is None:
@@ -178,10 +182,10 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids in the vocabulary, including added tokens and holes in the numbering.
+        """The number of ids in the vocabulary, including added tokens and holes in the numbering.
 
-        A model may have fewer or more rows. It may sample the ids below both numbers, except
-        `holes`.
+        The output matrix of a model may have fewer or more rows. The model may sample the ids below
+        both numbers, except `holes`.
         """
         return len(self._token_bytes)
 
@@ -209,7 +213,8 @@ class Tokenizer:
 
     @property
     def version(self) -> str:
-        """Mistral's tokenizer version, "v1", "v2" or "v3": the chat template to use by default.
+        """Mistral's tokenizer version, "v1", "v2" or "v3", which is also the name of the chat
+        template to use by default.
 
         v1 is recognised by its vocabulary, which lacks [INST]. v2 and v3 have the same vocabulary:
         the `tokenizer.model.v3` of Mistral 7B v0.3 is byte for byte the v2 file of mistral-common.
@@ -233,16 +238,17 @@ class Tokenizer:
 
     @property
     def start(self) -> list[int]:
-        """The ids with which every text begins: <s>, or none."""
+        """The ids with which every text begins: that of <s>, or an empty list."""
         return [self.bos_id] if self.adds_bos else []
 
     def split_control_tokens(self, text: str) -> list[str | int]:
-        """Cuts a text at the control tokens that it spells out. Returns their ids and the text
-        between."""
+        """Cuts a text at the control tokens that it spells out. Returns the ids of these tokens and
+        the pieces of text between them, in order."""
         return self._control_finder.split(text)
 
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
-        """Encodes pieces of a text. A string is plain text, even if it spells a control token."""
+        """Encodes pieces of a text. An int is a token id. A string is plain text, even if it spells
+        a control token."""
         ids = []
         for i, piece in enumerate(pieces):
             if isinstance(piece, int):
@@ -252,16 +258,16 @@ class Tokenizer:
         return ids
 
     def control_token_starts(self) -> re.Pattern[str]:
-        """A pattern that matches single characters: those at which a control token is spelled
-        out."""
+        """A pattern that matches single characters: those at which a control token begins that a
+        text spells out."""
         return self._control_finder.starts()
 
     def decode(self, ids: Iterable[int], strip_first_space: bool = True) -> str:
         """The text of ids, without control tokens.
 
         With `strip_first_space` the ids begin a text, so the space that encoding put there is
-        removed. Without it they continue a text, and a first space belongs to it. Bytes that are
-        not UTF-8 become U+FFFD.
+        removed. Without it the ids continue a text, and a first space belongs to the text. Bytes
+        that are not UTF-8 become U+FFFD.
         """
         data = b"".join(map(self.token_bytes, ids))
         if strip_first_space and self.adds_first_space:
@@ -269,7 +275,8 @@ class Tokenizer:
         return data.decode("utf-8", UTF8_ERRORS)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a running text. They are b"" for control tokens.
+        """The bytes that a token adds to a running text. They are b"" for control tokens and for
+        holes.
 
         Raises ValueError for an id outside the vocabulary.
         """

@@ -1,4 +1,5 @@
-"""The file ``tokenizer.json``, of the library `tokenizers`: BPE of two kinds.
+"""Reads ``tokenizer.json``, the file of the library `tokenizers`, if it has BPE of one of two
+kinds.
 
 BPE with byte_fallback is a SentencePiece model in another form. Byte-level BPE (Llama 3, SmolLM2)
 works on bytes, and writes each byte as a character: printable bytes as in Latin-1, other bytes as
@@ -53,6 +54,9 @@ def json_vocabulary(
             text.
         adds_bos: whether encoding begins with the beginning-of-text token. None: the contents
             decide.
+
+    Raises:
+        ValueError: the contents are damaged, or as in `read_tokenizer_json`.
     """
     try:
         model = data["model"]
@@ -84,7 +88,8 @@ def json_vocabulary(
             "expected both"
         )
     if adds_bos is None:
-        # Files of Llama 2 and Mistral have this setting elsewhere, or not at all.
+        # Files with byte fallback (Llama 2, Mistral) have this setting elsewhere, or not at all.
+        # Their models expect the token.
         adds_bos = not is_byte_level or bos_id in backend.encode("a").ids
 
     def read_token(token_id: int) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Tools: the functions that a model may call, and the calls that it writes.
+"""Describes tools: the functions that a model may call, and the calls that it writes.
 
 A model writes calls in the format that it was trained with. Mistral's models write the control
 token [TOOL_CALLS] and a JSON list of all calls. The Hermes models write each call between
@@ -20,7 +20,7 @@ from typing import Any
 from mistral_ext.text.constraint import Constraint, closed, guided
 
 MOST_TOOLS = 128  # OpenAI's limit
-ID_LENGTH = 9  # the length of Mistral's ids
+ID_LENGTH = 9  # the number of characters in the id of a call, as Mistral writes it
 ID_CHARACTERS = string.ascii_letters + string.digits
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -51,9 +51,9 @@ class ToolCall:
 class ToolDelta:
     """New text of a call: first its id and name, then pieces of its arguments."""
 
-    index: int  # which call of the completion
-    call: ToolCall | None = None  # set at the beginning of a call; its arguments are empty
-    arguments: str = ""
+    index: int  # the number of the call in the completion, from 0
+    call: ToolCall | None = None  # set only at the beginning of a call; its arguments are empty
+    arguments: str = ""  # the new text of the arguments
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class ToolFormat:
 
     Attributes:
         begin: the id of a control token, or the text, that comes before calls.
-        end: the same after each call. None: one list has all calls, and no text comes after it.
+        end: the id of a control token, or the text, that comes after each call. None: one list has
+            all calls, and nothing comes after the list.
     """
 
     begin: int | str
@@ -105,7 +106,8 @@ class ToolUse:
             parallel: whether the model may make several calls.
 
         Raises:
-            ValueError, TypeError: the message names the tool or option.
+            ValueError, TypeError: a tool or an option is wrong, or the model takes no tools. The
+                message names the tool or option.
         """
         tools = tools or ()
         names = check_tools(tools)
@@ -134,7 +136,7 @@ class ToolUse:
         return self.form.begin if isinstance(self.form.begin, int) else None
 
     def constraint(self, content: Constraint | None) -> Constraint:
-        """Makes the rule for a completion: calls, or text if it need not call.
+        """Makes the rule for a completion, which has calls, or text if it need not call a function.
 
         Args:
             content: the constraint of the text. None: the text may be anything.
@@ -191,7 +193,7 @@ class ToolUse:
         function = next(t["function"] for t in self.tools if t["function"]["name"] == name)
         if function.get("strict") is False:
             return guided({"type": "object"})
-        # A function has only the parameters that it lists. All may be optional.
+        # A function takes only the parameters that it lists, and no parameters if it lists none.
         parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
         return guided(closed(parameters))
 
@@ -200,7 +202,7 @@ def check_tools(tools: object) -> list[str]:
     """The names of functions in OpenAI's format.
 
     Raises:
-        ValueError, TypeError: the message names the tool that is wrong.
+        ValueError, TypeError: `tools` or one of the tools is wrong. The message names it.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise TypeError(f"tools is {tools!r:.60}, expected a list of dicts")

@@ -21,8 +21,9 @@ Message = Mapping[str, Any]
 def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     """Converts messages to the classes of mistral-common.
 
-    If the id of a call does not have Mistral's form, it gets another id, which is computed from it.
-    Text beside calls is dropped, because Mistral's templates have no place for it.
+    If the id of a call does not have Mistral's form, the call gets another id, which is computed
+    from the given id. Text beside calls is dropped, because Mistral's templates have no place for
+    it.
 
     Raises:
         ValueError: a message is wrong. The error names the message.
@@ -78,13 +79,13 @@ def _parsed(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:  # the call was cut off
+    except ValueError:  # the call was cut off, so its arguments are not JSON
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _call(call: Any, place: str) -> tuple[str, str, str]:
-    """Id, name and arguments of a call in OpenAI's format."""
+    """Returns the id, the name and the arguments (JSON) of a call in OpenAI's format."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise ValueError(

@@ -28,7 +28,7 @@ class ToolParser:
         self.content = ""
         self.calls: list[ToolCall] = []
         self._form = form
-        self._held = ""  # text that may belong to the next piece
+        self._held = ""  # text that cannot be returned yet
         self._is_text = True  # no call has begun yet
         self._arguments: _Object | None = None  # the arguments of the unfinished call
 
@@ -40,8 +40,8 @@ class ToolParser:
             text: the text that became final with them.
             is_last: whether this is the last output.
 
-        Returns:
-            New pieces of the text, and of calls.
+        Yields:
+            New pieces of the text (str), and of calls (`ToolDelta`).
         """
         self._held += text
         if self._is_text:
@@ -100,7 +100,8 @@ class _Object:
         self._is_string = self._is_escaped = False
 
     def length_in(self, text: str) -> int:
-        """Reads the next text. Returns how many of its first characters belong to the object."""
+        """Reads the next text. Returns the number of characters at its beginning that belong to the
+        object."""
         for i, character in enumerate(text):
             if self._is_escaped:
                 self._is_escaped = False
@@ -117,7 +118,7 @@ class _Object:
 
 
 def _before_part(text: str, mark: str) -> int:
-    """The index at which the end of a text may be the beginning of a mark, or the length of the
-    text if it cannot be."""
+    """The lowest index from which on the text may be the beginning of a mark, or the length of the
+    text if there is none."""
     starts = range(max(0, len(text) - len(mark) + 1), len(text))
     return next((i for i in starts if mark.startswith(text[i:])), len(text))

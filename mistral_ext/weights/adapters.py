@@ -1,4 +1,4 @@
-"""LoRA adapters in files: peft's, Mistral's own and GGUF's.
+"""Reads LoRA adapters from files of peft, Mistral and GGUF, and writes them in peft's format.
 
 All three kinds of files are read into the same kind of dict. Its keys are Mistral's names of
 weights without ".weight", such as "layers.0.attention.wq". Its values are the updates of these
@@ -41,7 +41,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_FILES = (PEFT_WEIGHTS, "adapter_model.bin")
 MISTRAL_FILE = "lora.safetensors"
 _MISTRAL_PARAMS = "params.json"
-_MISTRAL_SCALE = 2.0  # mistral-finetune's default; its files do not hold the scale
+_MISTRAL_SCALE = 2.0  # the default of mistral-finetune, whose weights files do not hold the scale
 
 # Settings of peft that change what an adapter computes. They are not supported, so they must not be
 # set.
@@ -132,7 +132,7 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
         into memory.
 
     Raises:
-        FileNotFoundError: there is no adapter.
+        FileNotFoundError: there is no adapter, or its adapter_config.json is missing.
         ValueError: the adapter is damaged, is for another model, or needs an unsupported feature.
     """
     files = (PEFT_CONFIG, *_PEFT_FILES, MISTRAL_FILE, _MISTRAL_PARAMS)
@@ -178,9 +178,10 @@ def _read_peft(file: Path, config: MistralConfig) -> dict[str, LowRank]:
     stored = torch_tensors(file) if file.suffix == ".bin" else stored_tensors(file)
     pairs = _Pairs(file, config)
     for tensor in stored:
-        # Older files, and states that were saved by hand, also contain the name of the adapter.
+        # In older files, and in files saved by hand, names also contain that of the adapter,
+        # "default".
         key = tensor.name.removeprefix(PEFT_PREFIX).replace(".default.", ".")
-        if not config.writes_text:  # peft wraps the model without its head here, and names that
+        if not config.writes_text:  # peft wrapped a model without a head: names lack "model."
             key = f"model.{key.removeprefix('model.')}"
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
         pairs.add(names.get(f"{module}.weight"), matrix, ("lora_A", "lora_B"), tensor)
@@ -234,13 +235,14 @@ def _is_positive(value: object) -> bool:
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number. JSON's reader also returns NaN and Infinity, and bool is
-    a subclass of int."""
+    """Whether a value is a finite number. (JSON's reader also returns NaN and Infinity. A bool is
+    an int in Python, but no number here.)"""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The value of the first pattern that matches a module, as peft chooses it."""
+    """The value of the first pattern that matches a module, as peft chooses it. Returns `default`
+    if no pattern matches, or if `patterns` is None."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -332,8 +334,10 @@ class _Pairs:
     def add(
         self, name: str | None, matrix: str, matrices: tuple[str, str], stored: StoredTensor
     ) -> None:
-        """Takes a tensor: one matrix of the weight `name`. `matrices` has the names of a and b in
-        the file, and `matrix` is one of them. Raises ValueError if the model has no such weight."""
+        """Takes a tensor, which is a or b of the weight `name` (None: the model has no such
+        weight). `matrices` has the names of a and b in the file, and `matrix` is the name of this
+        tensor. Raises ValueError if the model has no such weight, or if the tensor is neither a nor
+        b, has a wrong dtype, or was taken before."""
         if name not in self._shapes or matrix not in matrices:
             raise ValueError(
                 f"tensor {stored.name!r} in {self._file} is not supported: expected "
@@ -351,7 +355,11 @@ class _Pairs:
         self._found[name][which] = stored
 
     def matched(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The matrices a [rank, K] and b [N, rank] of each weight."""
+        """Reads the matrices a [rank, K] and b [N, rank] of each weight.
+
+        Raises:
+            ValueError: no tensor was added, or a matrix is missing or has a wrong shape.
+        """
         if not self._found:
             raise ValueError(f"{self._file} has no tensors, expected tensors of an adapter")
         return {name: self._read(name, given) for name, given in self._found.items()}
@@ -383,7 +391,7 @@ def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
         target: the folder to make. It must not exist, or be empty.
         adapter: the adapter, in the form that `read_adapter` returns. Its matrices are float32,
             bfloat16 or float16, on any device.
-        base: the name of the model, as information for readers.
+        base: the name of the model, as information for readers. Empty: the name is not known.
 
     Returns:
         `target`.
@@ -391,6 +399,7 @@ def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
     Raises:
         FileExistsError: `target` is a file, or a folder that is not empty.
         ValueError: the adapter changes no weight.
+        OSError: no space is left, or another failure of the system.
     """
     if not adapter:
         raise ValueError("adapter is empty, expected what is added to one weight or more")

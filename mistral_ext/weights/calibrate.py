@@ -1,19 +1,20 @@
 """Rounds weights by the inputs that the layers of a model get: `mistral-ext quantize --calibrate`.
 
-A text is run through the model once, one layer at a time. The products of a matrix's inputs with
-each other are its Hessian. It says how much an error in each weight counts, and how other weights
-can compensate it. So a matrix is rounded with error feedback (error_feedback.py). Then the text
-goes on through the rounded matrix, so that later matrices see its errors and can compensate them.
+A text is run through the model once, one layer at a time. The Hessian of a matrix is the sum, over
+all tokens, of the products of the matrix's inputs with each other. It says how much an error in
+each weight counts, and how other weights can compensate the error. So a matrix is rounded with
+error feedback (error_feedback.py). Then the text goes on through the rounded matrix, so that later
+matrices see its errors and can compensate them.
 
 The output of wo and w2 is added to the residual stream, and the next norm divides the sum by its
-size. So errors of wo and w2 count relative to this size. Otherwise a single token could decide how
-they are rounded: in many models the residual stream of the first token is a hundred times as large
-as that of others (Sun et al. 2024, arXiv:2402.17762).
+size (root mean square). So errors of wo and w2 count relative to this size. Otherwise a single
+token could decide how wo and w2 are rounded: in many models the residual stream of the first token
+is a hundred times as large as that of other tokens (Sun et al. 2024, arXiv:2402.17762).
 
-This takes about the memory of one layer in fp32, of the Hessian of its longest rows, of the inputs
-of all tokens to that matrix, and of their hidden states. The embeddings in fp32 are added if they
-are the output matrix, too. Finished layers are kept in a folder (kept.py), so that a run that was
-interrupted continues there.
+The memory holds one layer in fp32, the hidden states of all tokens, and, for the matrix with the
+longest rows, its Hessian and the inputs of all tokens. If the embeddings are also the output
+matrix, the memory holds the embeddings in fp32, too. Finished layers are kept in a folder
+(kept.py). If a calibration is interrupted, the next call continues from there.
 """
 
 from __future__ import annotations
@@ -46,18 +47,19 @@ class CalibratedLayers:
 
     Args:
         config: the configuration of the model.
-        quantization: the formats of the weights. The formats of the layers must have a table of
-            values.
+        quantization: the formats of the weights. Only matrices whose format has a table of values
+            are rounded with error feedback.
         embedded: [T, E] fp32, the embeddings of a text's tokens. They are overwritten.
         kept: a folder for finished layers. It is made if it does not exist.
-        identity: what the embedded text is, such as a hash of it. The weights of finished layers
-            are compared when `rounded` gets them.
+        identity: a string that is another one for other texts or embeddings, such as a hash. It may
+            be the same for other weights of the layers, which `rounded` compares.
 
     Attributes:
-        done: the number of finished layers.
+        done: the number of finished layers, those of earlier calls included.
 
     Raises:
-        ValueError: the folder `kept` belongs to another run, or is damaged.
+        ValueError: the folder `kept` belongs to another text, configuration or quantisation, or is
+            damaged.
     """
 
     def __init__(
@@ -78,12 +80,19 @@ class CalibratedLayers:
             self._hidden, self.done = state["hidden"], state["done"]
 
     def rounded(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
-        """Rounds layer `index`, and returns its weights by their names in the layer. The caller
-        must take the layers in order. `layer` is emptied, to save memory.
+        """Rounds a layer, or reads it from the folder if it is finished. The caller must take the
+        layers in order.
+
+        Args:
+            index: the number of the layer.
+            layer: its weights by their names in the layer. The dict is emptied, to save memory.
+
+        Returns:
+            The rounded matrices and the norms, by their names in the layer.
 
         Raises:
-            ValueError: an earlier run rounded the layer from other weights, or its file is damaged;
-                or the layer cannot be rounded.
+            ValueError: an earlier call rounded the layer from other weights, or the layer's file is
+                damaged, or the layer cannot be rounded.
         """
         file, identity = self._kept / f"{index}.pt", hash_of_weights(layer.values())
         if index < self.done:
@@ -124,7 +133,7 @@ class CalibratedLayers:
         x = [runner.normed(h, wide["ffn_norm.weight"]) for h in hidden]
         round_all(x, "feed_forward.w1", "feed_forward.w3")
         x = [runner.gated(part, product) for part in x]
-        # The next step needs the most memory.
+        # The next step needs the most memory, so the matrices that are done with are freed first.
         del wide["feed_forward.w1.weight"], wide["feed_forward.w3.weight"]
         round_all(x, "feed_forward.w2", sizes=[runner.size(h) for h in hidden])
         add_product(x, "feed_forward.w2")
@@ -139,8 +148,9 @@ class CalibratedLayers:
         wide: dict[str, Tensor],
         made: dict[str, Weight],
     ) -> None:
-        """Rounds the matrices with the inputs x, [T, K] for each sequence, in `made` and `wide`.
-        `sizes` is that of `hessian_of`."""
+        """Rounds the matrices `names`, which all have the inputs x, [T, K] for each sequence. Adds
+        the rounded matrices to `made`, and replaces those in `wide` by the rounded values in fp32.
+        `sizes` is as in `hessian_of`."""
         factor = None
         for name in names:
             full_name, weight = f"layers.{index}.{name}", wide[name]
@@ -159,7 +169,8 @@ class CalibratedLayers:
 
 
 def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
-    """A hash of a text and of a model's embeddings. Fine-tunes of one model may have the same."""
+    """A hash of a text and of a model's embeddings. Two fine-tunes of one model may have the same
+    embeddings, and then the same hash."""
     return f"{hash_of_text(token_ids)} {hash_of_weights([embeddings])}"
 
 
@@ -175,22 +186,26 @@ def calibrated(
     """Quantises the weights of a model by the inputs that its layers get from a text.
 
     Args:
-        weights: the weights by Mistral's names, not quantised, in the order of
-            `checkpoint.tensor_shapes`. The output matrix may be missing.
+        weights: pairs of Mistral's name and the weight, not quantised, in the order of
+            `checkpoint.tensor_shapes`. The output matrix may be missing if the embeddings serve as
+            output matrix.
         config: the configuration of the model.
-        quantization: the formats of the weights. The format of the layers is "iq4_xs" or "iq4_nl".
+        quantization: the formats of the weights. The format of the layers is "iq4_xs" or "iq4_nl",
+            but single matrices may have 8 bits.
         token_ids: the tokens of the text.
         kept: a folder for finished layers. The caller removes it when the weights are on the disk.
         dtype: the dtype of the weights that are not quantised.
         progress: show a progress bar if stderr is a terminal.
 
     Yields:
-        Mistral's names and the quantised weights. The output matrix is always among them.
+        Pairs of Mistral's name and the weight. All matrices but the embeddings are quantised. The
+        output matrix is always among them.
 
     Raises:
-        ValueError: a token is not in the vocabulary, `kept` belongs to another run or is damaged, a
-            weight is NaN, infinite or too large for the scales, or the products of a matrix's
-            inputs with each other are not finite or have no factor in fp32.
+        ValueError: `token_ids` is empty, a token is not in the vocabulary, `kept` belongs to
+            another model, text or quantisation or is damaged, a weight is NaN, infinite or too
+            large for the scales, or the Hessian of a matrix is not finite or has no Cholesky factor
+            in fp32.
     """
     _, embeddings = next(weights)
     assert isinstance(embeddings, Tensor)
@@ -237,7 +252,7 @@ def _factor(x: list[Tensor], sizes: Sequence[Tensor] | None, name: str) -> Facto
 
 
 def _expect_finite_errors(errors: Tensor, weight: Tensor, name: str, format: str) -> None:
-    if not torch.stack(errors.aminmax()).isfinite().all():  # without a copy of the errors
+    if not torch.stack(errors.aminmax()).isfinite().all():  # makes no tensor as large as `errors`
         raise ValueError(
             f"tensor {name!r} holds magnitudes up to {weight.abs().max():g} and leaves errors that "
             f"are not finite: it cannot be quantised to {format!r} with this text"
@@ -245,7 +260,7 @@ def _expect_finite_errors(errors: Tensor, weight: Tensor, name: str, format: str
 
 
 def _parts(weight: Weight) -> tuple[Tensor, Tensor, str] | None:
-    """The parts of a quantised weight, to be kept in a file of the layer. Returns None for other
+    """The parts of a quantised weight, which are kept in the layer's file. Returns None for other
     weights, which are read from the model again."""
     return None if isinstance(weight, Tensor) else (weight.values, weight.scales, weight.format)
 

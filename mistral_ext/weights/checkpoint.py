@@ -1,4 +1,4 @@
-"""The weights in the files of a model folder.
+"""Reads the weights in the files of a model folder.
 
 Files in Hugging Face's, Mistral's and GGUF's formats (mistral_ext/weights/folder.py) are read into
 one dict of tensors, with Mistral's names and Hugging Face's order of the query and key rows.
@@ -6,12 +6,12 @@ one dict of tensors, with Mistral's names and Hugging Face's order of the query 
 Weights are mapped into memory instead of being read. Their pages belong to the file: memory holds
 them once, processes share them, and the system can evict them instead of killing the process.
 Tensors are copied, one at a time, only if they must change (a permutation, another dtype, fewer
-bits).
+bits). (Old files of torch cannot be mapped, and are read as a whole: torch_file.py.)
 
 A quantised weight (mistral_ext/weights/quantize.py) is stored as two tensors. Its values have the
 weight's name. Its scales have this name with `_scale` appended. config.json holds the format.
 
-All that a file says about its tensors is checked before the first tensor is read.
+All that a file says about its tensors is checked before the first weight is read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
 
-_LONG = 5.0  # after so many seconds `load_weights` logs how to quantise only once
+# If it takes more than so many seconds to quantise weights at the start, `load_weights` logs how to
+# quantise them once for all.
+_LONG = 5.0
 
 _log = logging.getLogger("mistral_ext")
 
@@ -68,19 +70,21 @@ def load_weights(
     quantize: str | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Weight | JoinedWeight]:
-    """Load all weights of a model.
+    """Loads all weights of a model.
 
-    The pages are read here, in order, so that the first token does not wait for the disk; the
-    operating system may evict them again, since they belong to the file.
+    The pages of the files are read here, in order, so that the first token does not wait for the
+    disk. The operating system may evict these pages again, because they belong to the files.
 
     Args:
         folder: the result of :func:`mistral_ext.weights.folder.read_folder`. If it holds several
             formats, the first of `LAYOUTS` that is complete is used.
-        dtype: convert to bfloat16, float16 or float32. None keeps the stored dtype. Quantised
-            weights are not converted.
+        dtype: the dtype to which weights are converted, bfloat16, float16 or float32. None: weights
+            keep their stored dtype, and weights that must be decoded get that of the embeddings
+            (bfloat16 if these are quantised). Weights that stay quantised are not converted.
         progress: show a progress bar if stderr is a terminal.
-        quantize: "int8" or "int4": quantise the weights to this format, one after another, unless
-            they are stored in it. None: keep them as they are stored.
+        quantize: "int8" (8 bits) or "int4" (4 bits): the weights are quantised, one after another,
+            unless this package has stored them with as many bits. None: the weights are kept as
+            they are stored.
         device: where the model should run. If the model cannot run there, an error is raised before
             the weights are read. Otherwise the weights are moved there. None: the weights stay on
             the CPU.
@@ -92,11 +96,11 @@ def load_weights(
         the tensors.
 
     Raises:
-        FileNotFoundError: no weights, or a file named by the index is missing.
+        FileNotFoundError: there are no weights, or a file named by the index is missing.
         ValueError: a tensor is missing, unknown, truncated or has the wrong shape or dtype, or a
-            file is damaged, or a tensor cannot be quantised; the message names the tensor and the
-            file. Or the weights are quantised already to another number of bits, `dtype` is none of
-            the three, or the model cannot run on the device.
+            file is damaged, or a tensor cannot be quantised. The message names the tensor and the
+            file. Or the weights are quantised already to another number of bits, `dtype` or
+            `quantize` is not one of its values, or the model cannot run on the device.
     """
     quantization = None if quantize is None else Quantization.from_name(quantize)
     checkpoint = Checkpoint(folder, dtype, quantization)
@@ -116,8 +120,7 @@ def load_weights(
 
 def _say_how_to_do_it_once(folder: ModelFolder, quantization: Quantization, seconds: float) -> None:
     """Logs that `mistral-ext quantize` would do once what every start now does. Logs nothing if
-    `quantize_checkpoint` would refuse the folder, or if the weights are stored quantised or
-    packed."""
+    `quantize_checkpoint` would refuse the folder."""
     if folder.quantization or folder.packing or folder.gguf or not folder.config.writes_text:
         return
     _log.warning(
@@ -139,6 +142,9 @@ class Checkpoint:
 
     Attributes:
         dtype: the dtype of the weights that are not quantised.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`load_weights`.
     """
 
     def __init__(
@@ -177,7 +183,8 @@ class Checkpoint:
             tensors = with_base_names(_stored_tensors(files), files.layout.format)
         else:
             dtype = dtype or default_dtype(folder.gguf)
-            # If packed weights are rounded again, they are first decoded exactly.
+            # Weights that are to be rounded again are first decoded to fp32, so that they are not
+            # rounded twice.
             decoded = torch.float32 if self._quantizes else dtype
             if quantization is None:
                 kept = kept_formats(folder.gguf)
@@ -193,7 +200,7 @@ class Checkpoint:
             decoded = torch.float32 if self._quantizes else dtype
             layers = _layers(config)
             tensors, packed = read_packed(tensors, folder.packing, layers, decoded, quantization)
-        # The weights that are stored as two tensors.
+        # The weights that are stored as values and scales.
         quantized = {
             name: parts
             for name, shape in tensor_shapes(config).items()
@@ -222,7 +229,8 @@ class Checkpoint:
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Weight]]:
         """Reads one weight after another. Yields Mistral's name and the weight.
 
-        "output.weight" is missing if the files do not have it, and it is not to be quantised.
+        If the files have no output matrix, "output.weight" is the quantised embeddings if weights
+        are quantised. Otherwise it is not yielded.
         """
         n_bytes = {name: sum(part.nbytes for part in parts) for name, parts in self._parts.items()}
         with tqdm(
@@ -230,14 +238,15 @@ class Checkpoint:
             total=sum(n_bytes.values()),
             unit="B",
             unit_scale=True,
-            disable=None if progress else True,  # None: only if stderr is a terminal
+            disable=None if progress else True,  # None: the bar is shown if stderr is a terminal
         ) as bar:
             for name, parts in self._parts.items():
                 yield name, self._read(name, parts)
                 bar.update(n_bytes[name])
 
     def read(self, name: str) -> Weight:
-        """Reads one weight by Mistral's name. For "output.weight" this may be the embeddings."""
+        """Reads one weight by Mistral's name. If the files have no "output.weight", it is the
+        embeddings."""
         if name == "output.weight" and name not in self._parts:
             name = "tok_embeddings.weight"
         return self._read(name, self._parts[name])
@@ -333,8 +342,8 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
 def _stored_parts(
     folder: ModelFolder, kept: Mapping[str, str], name: str, shape: tuple[int, ...]
 ) -> Quantized | None:
-    """Returns the parts of a weight that is stored with scales, as tensors on the meta device
-    (dtypes and shapes only). Returns None if the weight is stored without scales."""
+    """Returns a weight that is stored as values and scales, on the meta device (dtypes and shapes
+    only). Returns None if the weight is stored in another way."""
     if folder.quantization is not None:
         return folder.quantization.parts(name, shape)
     return kept_parts(folder.gguf, kept, name, shape) if folder.gguf is not None else None
@@ -347,7 +356,8 @@ def _match(
     quantized: Mapping[str, Quantized],
     dtype: torch.dtype | None,
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """Finds the stored tensors of each weight: one tensor, or values and scales as in `quantized`.
+    """Finds the stored tensors of each weight. A weight in `quantized` has two tensors, its values
+    and its scales. Other weights have one.
 
     Raises ValueError if a tensor is missing or unknown, or has a wrong shape or dtype. Only the
     output weights may be missing, if the embeddings serve instead or the model writes no text.
@@ -450,8 +460,8 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
 def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
     """Reorders the rows of wq or wk from Mistral's order to Hugging Face's.
 
-    Within each head, Mistral's RoPE rotates rows (2i, 2i + 1) as a pair, and our RoPE rows (i, i +
-    head_dim / 2). So the result has the even rows of a head first, then the odd rows.
+    Within each head, Mistral's RoPE rotates rows (2i, 2i + 1) as a pair, and our RoPE rotates rows
+    (i, i + head_dim / 2). So the result has the even rows of a head first, then the odd rows.
     """
     n_rows, dim = weight.shape
     pairs = weight.view(n_heads, n_rows // n_heads // 2, 2, dim)

@@ -94,11 +94,13 @@ def expect_runnable(
     weight_bytes: int,
     device: torch.device,
 ) -> None:
-    """Raises an error if a model cannot run on a device. This happens before its weights are read.
+    """Raises an error if a model cannot run on a device. It is called before the weights are read.
 
     Args:
+        config: the configuration of the model.
         dtype: the dtype of the weights that are not quantised, and of keys and values.
-        weight_bytes: the memory that the weights will take.
+        weight_bytes: the bytes that the weights will take.
+        device: the device.
 
     Raises:
         ValueError: the model cannot run there. The message names the reason.
@@ -135,10 +137,10 @@ def expect_runnable(
 def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device) -> None:
     """Replaces the weights of a model by copies on a device.
 
-    Weights are copied one at a time, and then let go, so that their memory can be freed. A weight
-    with two names (tied embeddings) is copied once. Plain weights that are multiplied in one pass
-    are joined under a new name (`JOINED_QKV`, `JOINED_GATE_UP`). With many tokens, torch then
-    multiplies them in one product.
+    Weights are copied one at a time. An original is let go when it is copied, so that its memory
+    can be freed. A weight with two names (tied embeddings) is copied once. Weights that are not
+    quantised and are multiplied in one pass are joined under a new name (`JOINED_QKV`,
+    `JOINED_GATE_UP`). With many tokens, torch then multiplies them in one product.
     """
     for i in range(sum(name.endswith(".attention_norm.weight") for name in weights)):
         _join(weights, i, device)
@@ -152,7 +154,8 @@ def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device
 
 
 def _join(weights: dict[str, Weight | JoinedWeight], layer: int, device: torch.device) -> None:
-    """Replaces plain weights of a layer by joined copies on a device."""
+    """Joins the weights of a layer that are multiplied in one pass, if they are not quantised. The
+    joined copies are on the device and replace the weights."""
     for joined, parts in TOGETHER.items():
         names = [f"layers.{layer}.{part}.weight" for part in parts]
         plain = [part for part in map(weights.get, names) if isinstance(part, Tensor)]

@@ -1,18 +1,19 @@
 """Rounds a matrix with error feedback (GPTQ, Frantar et al. 2022, arXiv:2210.17323).
 
 The loss of rounding W [N, K] to W - D is the trace of D H D^T. The Hessian H [K, K] sums the
-products of the input's elements with each other over all tokens. With H = R R^T and R upper
-triangular, the loss is the sum of the squares of D R. So column j of D R depends on the columns of
-D up to j alone: columns are rounded one after another, and column j makes up for the errors before
-it. (GPTQ multiplies by the inverse of R, which is the factor of the inverse of H. Without it, no
-matrix is inverted but the blocks on R's diagonal: QuIP, Chee et al. 2023, arXiv:2307.13304, shows
-that the results are the same.)
+products of the input's elements with each other over all tokens. Let H = R R^T, where R is upper
+triangular. Then the loss is the sum of the squared elements of D R, and column j of D R depends
+only on the columns of D up to j. So columns are rounded one after another, and column j compensates
+the errors of the columns before it. (GPTQ multiplies by the inverse of R instead. Here only the
+blocks on R's diagonal are inverted. The results are the same, as QuIP shows: Chee et al. 2023,
+arXiv:2307.13304.)
 
-A block of columns b is rounded in one step. The errors before it enter by one product, with
-R[:, b] R[b, b]^-1. Within the block a kernel does the rest with R[b, b]^-1.
+A block of columns b is rounded in one step. Let R[:b, b] be the rows of R before this block, in its
+columns. One product, with R[:b, b] R[b, b]^-1, compensates the errors of earlier blocks. Within the
+block a kernel compensates the errors column by column, with R[b, b]^-1.
 
-Of symmetric matrices only the lower triangle is made, in blocks of rows. The blocks on the diagonal
-are whole.
+Only the lower triangle of a symmetric matrix is computed, in blocks of rows. But the blocks on the
+diagonal are computed whole.
 """
 
 from __future__ import annotations
@@ -28,33 +29,38 @@ from mistral_ext.ops import Quantized
 from mistral_ext.ops.quantize import round_with_feedback
 from mistral_ext.ops.weight import FORMATS
 
-# Added to the diagonal of a Hessian, relative to its mean. GPTQ has 0.01, but with hardly more
-# tokens than inputs a Hessian is nearly singular (docs/performance.md has measurements).
+# The mean of a Hessian's diagonal, multiplied by this number, is added to the diagonal. GPTQ takes
+# 0.01. This is too little if there are hardly more tokens than inputs, because the Hessian is then
+# nearly singular (docs/performance.md has measurements).
 _DAMPING = 0.1
-_LEAST_MEAN = 1e-30  # of the diagonal: of less, squares and their inverses leave the range of fp32
-_BLOCK = 256  # columns that are rounded in one step: a block of "iq4_xs"
-# Rows of a symmetric matrix that are made at a time. On the diagonal `_add_squares` makes whole
-# blocks of so many rows. _BLOCK divides _ROWS, so blocks of _BLOCK rows are whole there, too.
+# The least mean of the diagonal. With a smaller mean, squares and their inverses would leave the
+# range of fp32.
+_LEAST_MEAN = 1e-30
+_BLOCK = 256  # the number of columns that are rounded in one step: a block of "iq4_xs"
+# The number of rows of a symmetric matrix that are computed at a time. `_add_squares` computes
+# blocks of _ROWS rows on the diagonal whole. _BLOCK divides _ROWS, so blocks of _BLOCK rows on the
+# diagonal are whole, too.
 _ROWS = 2 * _BLOCK
 
 
 class Factor(NamedTuple):
-    """What rounding needs of a Hessian."""
+    """The results of factoring a Hessian H = R R^T that rounding needs."""
 
-    # [K, K]. On the diagonal R[b, b]^-1 for each block b. The rows before hold, transposed, what
-    # columns of earlier blocks add to those of b: R[:, b] R[b, b]^-1.
+    # [K, K]. The rows of each block b hold R[b, b]^-1 on the diagonal. Left of the diagonal they
+    # hold R[:b, b] R[b, b]^-1, transposed.
     blocks: Tensor
-    importance: Tensor  # [K], how much an error in each input counts: the Hessian's diagonal
+    # [K], how much an error in each input counts: the Hessian's diagonal, divided by its mean.
+    importance: Tensor
 
 
 def hessian_of(inputs: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> Tensor:
     """The products [K, K] of the inputs' elements with each other, summed over all tokens. Only
-    the lower triangle is right.
+    the lower triangle is right, and the blocks of _ROWS rows on the diagonal.
 
     Args:
         inputs: [T, K] float32 for each sequence.
-        sizes: [T] float32 for each sequence. An error in the output of a token counts relative to
-            its size. None: all tokens have the same size.
+        sizes: [T] float32 for each sequence, the sizes of the tokens. An error in the output of a
+            token counts relative to the size of the token. None: all tokens have the same size.
     """
     length = inputs[0].shape[1]
     hessian = inputs[0].new_zeros(length, length)
@@ -74,12 +80,17 @@ def factor_of(inputs: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -
         try:
             return _damped_factor(hessian_of(inputs, sizes), damping)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            continue  # the factors are made in place, so all is made again
+            continue  # the failed try has overwritten the Hessian, so the next computes it again
     raise ValueError("the products of the inputs with each other have no factor in fp32")
 
 
 def _damped_factor(hessian: Tensor, damping: float) -> Factor:
-    """Overwrites the Hessian."""
+    """Adds `damping` times the diagonal's mean to the diagonal, and factors the Hessian in place.
+
+    Raises:
+        torch.linalg.LinAlgError: the Hessian has no factor in fp32.
+        ValueError: the mean is not finite.
+    """
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(_LEAST_MEAN)
     if not mean.isfinite():
@@ -88,14 +99,15 @@ def _damped_factor(hessian: Tensor, damping: float) -> Factor:
     diagonal.add_(damping * mean)
     for begin, end in reversed(list(_blocks(len(hessian)))):
         block = hessian[begin:end, begin:end]
-        # A Cholesky factor is lower triangular: turned around it is upper triangular.
+        # A Cholesky factor is lower triangular. With rows and columns in reverse order, it is upper
+        # triangular.
         upper = torch.linalg.cholesky(block.flip(0, 1)).flip(0, 1)
         identity = torch.eye(end - begin, device=block.device)
         inverse = torch.linalg.solve_triangular(upper, identity, upper=True).contiguous()
-        before = hessian[begin:end, :begin]  # R[:, b]^T after the product with the inverse
+        before = hessian[begin:end, :begin]  # becomes (R[:b, b] R[b, b]^-1)^T
         block.copy_(inverse)
         if begin:
-            rows = ops.linear(before.T.contiguous(), inverse)
+            rows = ops.linear(before.T.contiguous(), inverse)  # R[:b, b]
             before.copy_((rows @ inverse).T)
             _add_squares(rows, hessian, -1)
     return Factor(hessian, importance)
@@ -105,8 +117,8 @@ def round_by(factor: Factor, weight: Tensor, out: Quantized) -> Tensor:
     """Rounds a weight [N, K] float32 into `out`, whose format has values from a table.
 
     Returns:
-        [N, K], the weight less what it was rounded to. Not finite if a weight is NaN or infinite,
-        or too large for the scales.
+        [N, K] float32, the errors: the weight minus its rounded values. Errors are not finite if a
+        weight is NaN, infinite or too large for the scales.
     """
     errors, facts = torch.empty_like(weight), FORMATS[out.format]
     for begin, end in _blocks(weight.shape[1]):
@@ -126,8 +138,9 @@ def round_by(factor: Factor, weight: Tensor, out: Quantized) -> Tensor:
 
 
 def _add_squares(rows: Tensor, sums: Tensor, sign: int = 1) -> None:
-    """Adds the products [n, n] of n rows with each other to the lower triangle of `sums`, to its
-    first n rows and columns; or subtracts them."""
+    """Multiplies n rows with each other, and adds the products [n, n] to the first n rows and
+    columns of `sums`, or subtracts them if `sign` is -1. Changes only the lower triangle and the
+    blocks of _ROWS rows on the diagonal."""
     signed = rows if sign > 0 else -rows
     for begin in range(0, len(rows), _ROWS):
         end = min(begin + _ROWS, len(rows))

@@ -1,4 +1,4 @@
-"""Model folders and GGUF files: the files of a model, and their contents except weights.
+"""Finds the files of a model in a folder or a GGUF file, and reads them except weights.
 
 There are two families of folders. Hugging Face's hold ``config.json`` and ``model*.safetensors`` or
 ``pytorch_model*.bin``. Mistral's hold ``params.json`` and ``consolidated.safetensors`` or
@@ -29,8 +29,8 @@ class Layout:
     """One way to store weights in a folder."""
 
     file: str  # the file with the weights, or the index that lists such files
-    format: str  # "hf" or "mistral": tensor names, and the order of q and k rows
-    shards: str | None = None  # the pattern of listed files, if `file` is an index
+    format: str  # "hf", "mistral" or "gguf": the names of tensors, and the order of q and k rows
+    shards: str | None = None  # the pattern of the files that an index lists; None: no index
 
 
 # In order of preference: the first complete layout is read.
@@ -58,7 +58,7 @@ COMPANIONS = (
 )
 
 _QUANT_METHOD = "mistral_ext"  # the quant_method of folders that `quantize` has written
-_OWN_KEY = "mistral_ext"  # a key of config.json for facts without a key of Hugging Face's
+_OWN_KEY = "mistral_ext"  # a key of config.json for facts for which Hugging Face has no key
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class ModelFolder:
 
     path: Path
     config: MistralConfig  # includes the end tokens of generation_config.json
-    # How the weights are stored. Both are None if weights have a dtype, or if `gguf` is set.
+    # How the weights are quantised: by this package (`quantization`), or by GPTQ and others
+    # (`packing`). Both are None if the weights are not quantised, or if `gguf` is set.
     quantization: Quantization | None = None
     packing: Packing | None = None
-    instruct: bool = False  # the name says so, or that of a quantised model's original
+    instruct: bool = False  # the result of `is_instruct`
     gguf: Gguf | None = None  # the contents, if `path` is a GGUF file
 
 
@@ -80,7 +81,7 @@ class WeightFiles:
 
     layout: Layout
     file: Path  # layout.file in its folder
-    files: tuple[Path, ...]  # the files with tensors: `file`, or the files that it lists
+    files: tuple[Path, ...]  # the files with tensors: `file`, or the files that the index lists
 
 
 def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
@@ -99,7 +100,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
             of the file.
 
     Raises:
-        FileNotFoundError: the folder has neither file.
+        FileNotFoundError: there is no config.json, params.json or GGUF file.
         ValueError: a file is damaged, or describes a model that this engine cannot compute. The
             message names the file. Or an override is wrong. The message names it.
         TypeError: an override is not a field.
@@ -139,9 +140,9 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
 
 
 def find_weights(folder: str | Path) -> WeightFiles | None:
-    """Finds the weights to read in a folder that may hold several: the first complete weights of
-    :data:`LAYOUTS`. If no weights are complete, returns the first weights; if there are none,
-    None."""
+    """Finds the weights to read in a folder that may hold several layouts. Returns the first of
+    :data:`LAYOUTS` that is complete, or if no layout is, the first whose `file` exists. Returns
+    None if there are no weights."""
     folder = Path(folder)
     found = [_weights(folder, layout) for layout in LAYOUTS if (folder / layout.file).is_file()]
     complete = [w for w in found if all(f.is_file() and not is_lfs_pointer(f) for f in w.files)]
@@ -150,7 +151,8 @@ def find_weights(folder: str | Path) -> WeightFiles | None:
 
 def find_gguf(path: Path) -> Path | None:
     """Finds the GGUF file of a model: the path itself, or the only GGUF model in a folder without
-    other weights (its first part, if it has several). Returns None if there is no such file.
+    other weights. If that model has several parts, returns the first part. Returns None if there is
+    no such file.
 
     Raises:
         ValueError: the folder holds several models in GGUF.
@@ -171,8 +173,8 @@ def find_gguf(path: Path) -> Path | None:
 def is_instruct(path: Path) -> bool:
     """Whether a folder without a chat template holds a Mistral Instruct model.
 
-    The name of the folder, or its hub id, tells. A quantised model may have any name, but its
-    config.json notes whether the original's name said so.
+    It does if the name of the folder, or its hub id, contains "instruct". A model that `quantize`
+    has written may have any name, but its config.json says whether the original was such a model.
     """
     config = path / "config.json"
     ours = read_json_object(config).get(_OWN_KEY) if config.is_file() else None
@@ -190,8 +192,8 @@ def companions(folder: Path) -> list[Path]:
 
 
 def what_is_there(names: Iterable[str]) -> str:
-    """A hint for messages about an incomplete folder or hub model. The names of its files suggest
-    what it is."""
+    """A hint for error messages about an incomplete folder or hub model: what it is, according to
+    the names of its files."""
     names = sorted(names)
     if "adapter_config.json" in names:
         return (
@@ -212,8 +214,8 @@ def summary(error: BaseException) -> str:
 
 
 def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
-    """Adds the end tokens of ``generation_config.json``. Fine-tunes often name the token that ends
-    a turn only there."""
+    """Adds the end tokens of ``generation_config.json`` to a configuration. Fine-tunes often name
+    the token that ends a turn only in this file."""
     ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
     if ids is None:
         return config
@@ -261,8 +263,8 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
 
 
 def _quantization(values: dict[str, Any]) -> Quantization | None:
-    """The formats of weights that `quantize` has written, according to a ``config.json``. None for
-    other weights."""
+    """The formats of weights that `quantize` has written, according to a ``config.json``. Returns
+    None for other weights."""
     settings, method, key = method_of(values)
     if method != _QUANT_METHOD:
         return None

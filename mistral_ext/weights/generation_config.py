@@ -1,4 +1,4 @@
-"""``generation_config.json``: the sampling defaults of a model's authors."""
+"""Reads ``generation_config.json``, which has the sampling defaults of a model's authors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def generation_config_file(model: Path, source: str | Path) -> Path:
 def sampling_defaults(file: Path) -> dict[str, Any]:
     """Reads the options of `SamplingParams` that a file sets, without checking them.
 
-    As in vLLM, a temperature counts unless the file says ``do_sample: false``, which means greedy.
+    As in vLLM, a temperature in the file counts unless the file says ``do_sample: false``, which
+    means greedy decoding (temperature 0).
 
     Raises:
         ValueError: the file does not hold a JSON object.

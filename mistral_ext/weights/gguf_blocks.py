@@ -1,13 +1,14 @@
 """Decodes the blocks in which GGUF files store weights.
 
 A row of a matrix is a sequence of blocks of 32 or 256 neighbouring values. Each block has its own
-scales. Types with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) store scale * q - minimum or + minimum.
-The other types store scale * (q - offset). IQ4_NL and IQ4_XS have a table of 16 values instead of q
-- offset. K types and IQ4_XS have two levels of scales: 6 or 4 bits for each 16 or 32 values, and
-fp16 for the block.
+scales, and an integer q for each value. Types with a minimum stand for scale * q + minimum (Q4_1,
+Q5_1) or scale * q - minimum (Q2_K, Q4_K, Q5_K). The other types stand for scale * (q - offset). In
+IQ4_NL and IQ4_XS a table of 16 values takes the place of q - offset. K types and IQ4_XS have two
+levels of scales: a scale of 4, 6 or 8 bits for each 16 or 32 values, and an fp16 factor of these
+scales for the block.
 
-Decoding is exact: values, scales and their products are computed in fp32, in the same order as in
-ggml.
+Decoding gives the same numbers as ggml's: values, scales and their products are computed in fp32,
+in the same order.
 
 Source: ggml's ggml-quants.c (MIT).
 """
@@ -23,8 +24,8 @@ from torch import Tensor
 from mistral_ext.ops.dequantize import halves, looked_up, scaled, scales_and_minima
 
 # The number of values that are decoded at a time. Intermediate results of so few values stay in the
-# caches. Torch does not split them among threads, which would wait for each other longer than they
-# work.
+# caches. Torch does not split so few values among threads, which would wait for each other longer
+# than they work.
 _AT_ONCE = 2**15 - 1
 
 
@@ -72,14 +73,14 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
     return decoded
 
 
-# Functions for parts of blocks. They take B blocks, each a row of bytes.
+# Functions that decode blocks. They take B blocks, each a row of bytes.
 
 
 def _fields(data: Tensor, bits: int, run: int) -> Tensor:
-    """Unpacks values of 1, 2 or 4 bits: [B, 8 / bits * bytes] uint8.
+    """Unpacks values of 1, 2 or 4 bits from data [B, bytes]. Returns [B, 8 / bits * bytes] uint8.
 
-    Of every `run` bytes, the lowest bits hold the first `run` values, the next higher bits the
-    `run` values after these, and so on.
+    Of every `run` bytes, the lowest bits hold the first `run` values, the next higher bits hold the
+    next `run` values, and so on.
     """
     runs = data.reshape(len(data), -1, run)
     # A shift by a tensor of shifts would be slower, because torch computes it value by value.

@@ -1,13 +1,13 @@
-"""The GGUF format, versions 2 and 3, mapped into memory.
+"""Reads GGUF files, versions 2 and 3, by mapping them into memory.
 
 A file consists of the magic bytes, u32 version, u64 number of tensors, u64 number of metadata
 entries, these entries (key, u32 type, value), the descriptions of the tensors (name, u32 number of
 dimensions, u64 dimensions, u32 type, u64 offset) and, from the next multiple of `general.alignment`
 on, their data. All numbers are little-endian. A string is its u64 length and that many bytes.
 
-A file may come from anywhere, so every number in it is checked before it is used. No length makes
-this reader allocate more than a few times the file's size, and no tensor lies outside the file or
-inside another tensor.
+A file may come from anywhere, so every number in it is checked before it is used. No number in a
+file makes this reader allocate more than a few times the file's size. A tensor that lies outside
+the file, or overlaps another, is refused.
 
 Source: ggml's docs/gguf.md.
 """
@@ -35,8 +35,10 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_SIZE = 2**63 - 1  # the largest size of a tensor, in values and in bytes
-_LEAST_ENTRY = 8 + 4 + 1  # bytes of a metadata entry: an empty key, its type, a bool
-_LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's description: an empty name, no dimensions
+# The fewest bytes of a metadata entry: the length of an empty key, a type, a bool.
+_LEAST_ENTRY = 8 + 4 + 1
+# A lower bound for the bytes of a tensor's description, with an empty name and no dimensions.
+_LEAST_TENSOR = 8 + 4 + 4 + 8
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS: dict[int, np.dtype[Any]] = {  # the number of a type in files -> its dtype
@@ -66,7 +68,8 @@ class GgufTensor:
 
     Attributes:
         shape: the shape in torch's order, with the length of a row last.
-        offset: the position of its first byte in the file.
+        type: the type of the tensor's blocks.
+        offset: the position of the tensor's first byte in the file.
     """
 
     name: str
@@ -80,16 +83,16 @@ class GgufTensor:
         return math.prod(self.shape) // self.type.values * self.type.nbytes
 
     def rows(self) -> Tensor:
-        """The bytes of the tensor, [rows, bytes of a row] uint8, in the pages of the file. A vector
-        is one row.
+        """Maps the bytes of the tensor into memory: [rows, bytes of a row] uint8. A vector is one
+        row.
 
-        Each tensor has its own mapping, which is closed together with the tensor.
+        Each call makes a mapping of its own, which is closed when the result is freed.
         """
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         skipped = self.offset - start
         with self.file.open("rb") as f:
-            # The pages are private, because torch has no read-only tensors, and nothing may write
-            # to the file.
+            # The pages are private, because torch has no read-only tensors: an accidental write
+            # must not reach the file.
             pages = mmap.mmap(
                 f.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=start
             )
@@ -144,8 +147,8 @@ def _part_files(path: Path) -> list[Path]:
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all files of a model. `name` is one of them. Raises ValueError if the number of
-    its part is impossible."""
+    """The names of all files of a model. `name` is one of them. Raises ValueError if `name` has an
+    impossible number, such as part 4 of 3."""
     match = _PART.fullmatch(name)
     if match is None:
         return [name]
@@ -229,12 +232,12 @@ class _Header:
 
     def _string(self, what: str) -> str:
         data = self._take(self._uint64(what), what)
-        # Some vocabularies hold pieces that are not UTF-8. An undecodable byte must not stop the
-        # reader.
+        # Some vocabularies hold tokens that are not UTF-8. They must not stop the reader.
         return data.decode("utf-8", "surrogateescape")
 
     def _count(self, what: str, least: int) -> int:
-        """Reads the number of items that follow, each at least `least` bytes long."""
+        """Reads the number of elements that follow, each at least `least` bytes long. Raises
+        ValueError if so many do not fit into the rest of the file."""
         count = self._uint64(what)
         left = self._size - self._position
         if count > left // least:
@@ -296,7 +299,7 @@ class _Header:
         to the beginning of the file."""
         start = -(-self._position // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
-        end = 0  # end of the last tensor, from the start of the data
+        end = 0  # the end of the tensor before, relative to the start of the data
         for tensor in sorted(described, key=lambda tensor: tensor.offset):
             name, offset = tensor.name, tensor.offset
             if name in tensors:

@@ -1,9 +1,9 @@
-"""A model in a GGUF file: its configuration from the metadata, and its tensors.
+"""Reads a model in a GGUF file: its configuration from the metadata, and its tensors.
 
 Tensors are stored under GGUF's own names, in blocks (gguf_blocks.py), and with the query and key
 rows in Mistral's order. If our kernels can multiply a matrix in its format, its numbers are kept,
-with values and scales apart (mistral_ext/ops/repack.py). Other tensors are decoded as they are
-read.
+and only its values and scales are separated (mistral_ext/ops/repack.py). Other tensors are decoded
+as they are read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
-_FREQUENCY_FACTORS = "rope_freqs.weight"  # a tensor that belongs to the configuration
+_FREQUENCY_FACTORS = "rope_freqs.weight"  # no weight, but a part of the configuration (RoPE)
 
 # dim, n_layers, n_heads, n_kv_heads and hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
 # window, but GGUF files do not mention it. v0.2 and later versions have no window. The base of RoPE
@@ -50,7 +50,8 @@ _MISTRAL_7B = (4096, 32, 32, 8, 14336)
 _THETA_WITH_WINDOW = 1e4
 _WINDOW = 4096
 
-# Tokens that end a turn. Some files name only the end-of-text token.
+# Tokens that end a turn. They are looked up in the vocabulary, because the metadata of some files
+# name only the end-of-text token.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
@@ -76,15 +77,16 @@ def kept_formats(file: Gguf) -> dict[str, str]:
 def kept_parts(
     file: Gguf, kept: Mapping[str, str], name: str, shape: tuple[int, ...]
 ) -> Quantized | None:
-    """The parts of a weight that keeps its format, as tensors on the meta device.
+    """The values and scales of a weight that keeps its format, as tensors on the meta device.
 
     Args:
+        file: the result of `read_gguf`.
         kept: the result of `kept_formats`.
         name: Mistral's name of the weight.
         shape: the shape that the weight should have.
 
     Returns:
-        The parts, or None if the weight does not keep its format or is missing.
+        The values and scales, or None if the weight does not keep its format or is missing.
 
     Raises:
         ValueError: the weight has another shape.
@@ -100,7 +102,7 @@ def kept_parts(
 
 
 def gguf_tensors(file: Gguf, dtype: torch.dtype, kept: Mapping[str, str]) -> Iterator[StoredTensor]:
-    """Yields the weights of a file. Each is converted when it is read.
+    """Yields the weights of a file. A weight is converted when its `read` is called.
 
     Args:
         file: the result of `read_gguf`.
@@ -139,7 +141,7 @@ def _read_part(tensor: GgufTensor, field: str, like: Tensor) -> Tensor:
 
 
 def default_dtype(file: Gguf) -> torch.dtype:
-    """The dtype to compute in: the dtype of the embeddings, or bfloat16 if they are quantised."""
+    """The dtype to compute in: that of the embeddings, or bfloat16 if they are quantised."""
     embeddings = file.tensors.get(gguf_name("tok_embeddings.weight"))
     return (embeddings and embeddings.type.dtype) or torch.bfloat16
 
@@ -148,9 +150,9 @@ def say_what_changes(file: Gguf, formats: Mapping[str, str | None], dtype: str) 
     """Logs which types of a file change as they are read, and what they become.
 
     Args:
-        formats: the formats that weights get, by the file's names. None for a weight that is
-            decoded.
-        dtype: the name of the dtype that weights are decoded to.
+        file: the result of `read_gguf`.
+        formats: the formats that weights get, by the file's names. None: the weight is decoded.
+        dtype: the name of the dtype to which weights are decoded.
     """
     changes: dict[str, set[str]] = {}
     for name, tensor in file.tensors.items():
@@ -178,12 +180,13 @@ def gguf_config(file: Gguf, **overrides: Any) -> MistralConfig:
     """Reads the configuration of a model.
 
     Args:
+        file: the result of `read_gguf`.
         overrides: fields of `MistralConfig`, which replace values of the file.
 
     Raises:
         ValueError: the file describes another kind of model, or lacks a part of its description.
             The message names the file and the key. Or an override is wrong. The message names it.
-        TypeError: an override that is not a field.
+        TypeError: an override is not a field.
     """
     return _Metadata(file).config(overrides)
 
@@ -260,7 +263,7 @@ class _Metadata:
         kind = self._text(f"{self._prefix}.rope.scaling.type", "none")
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
         if factor and f"{self._prefix}.rope.scaling.type" not in self._file.metadata:
-            kind = "linear"  # old files
+            kind = "linear"  # old files have a factor without a type
         scaling: dict[str, Any] | None = None
         if kind == "linear":
             scaling = {"rope_type": "linear", "factor": factor or 1.0}
@@ -287,7 +290,7 @@ class _Metadata:
         return {"rope_type": "factors", "factors": decode(factors.rows(), factors.type)[0].tolist()}
 
     def _eos_ids(self) -> list[int]:
-        """The tokens that end a text, and a turn if that is another token."""
+        """The ids of the tokens that end a text or a turn, each id once. The first ends a text."""
         ids = [self._token("eos", 2)]
         ids += [self._token(name, ids[0]) for name in ("eot", "eom")]
         tokens = self._file.metadata.get("tokenizer.ggml.tokens")
@@ -295,7 +298,7 @@ class _Metadata:
             ids += [tokens.index(name) for name in _TURN_ENDS if name in tokens]
         return list(dict.fromkeys(ids))
 
-    # Reads a value by its key
+    # Values of the metadata by their keys
 
     def _token(self, name: str, default: int) -> int:
         return int(self._value(f"tokenizer.ggml.{name}_token_id", (int,), "a token id", default))

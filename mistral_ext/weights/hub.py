@@ -24,10 +24,11 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     A hub model is ``owner/name``. A GGUF file in it is ``owner/name:file.gguf`` (any part, if the
     file is split). Only the configuration, the tokenizer and one format of the weights are
     downloaded, into huggingface_hub's cache. Later calls work without a network. "demo" is the
-    small model of this package, unless there is a folder or file with this name.
+    small model of this package, unless a local folder has this name.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache.
+        FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache, or
+            the hub model has no weights in a known format.
         ValueError: the path is a file of another kind.
     """
     path = Path(path_or_hub_id).expanduser()
@@ -54,12 +55,13 @@ def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
 
     Args:
         path_or_hub_id: a path; ``owner/name``; or ``owner/name:file.gguf``.
-        files: the names of files that an adapter may have. They are downloaded.
+        files: the names of files that an adapter may have. Of a hub repository ``owner/name`` only
+            these files are downloaded.
 
     Raises:
         FileNotFoundError: `path_or_hub_id` has the form of a hub id, and neither the hub nor its
-            cache has it. If it has another form and does not exist, no error is raised: it is
-            returned unchanged.
+            cache has the adapter. A path of another form that does not exist raises no error, and
+            is returned.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
@@ -77,7 +79,7 @@ def _download(hub_id: str) -> Path:
     patterns = [*CONFIGS, *PACKING_FILES, *COMPANIONS]
     try:
         files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings or ()]
-    except Exception as error:  # no network, no access or no such model; the cache may have it
+    except Exception as error:  # no network, access or model; the cache may have the model
         return _cached(hub_id, error)
     layout = next((layout for layout in LAYOUTS if layout.file in files), None)
     if layout is None:
@@ -118,7 +120,8 @@ def _cached(hub_id: str, reason: Exception) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # No patterns are given here. The readers of the files check whether the files are complete.
+        # With an empty list of patterns this only finds the folder in the cache. The readers of the
+        # files check whether all files are there.
         return Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))
     except Exception:
         raise _not_available(hub_id, reason) from reason

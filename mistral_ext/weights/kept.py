@@ -1,10 +1,10 @@
 """Saves the finished steps of a calibration in a folder. If the calibration is interrupted, the
 next call continues from there.
 
-Each new model has a folder of its own. `sensitivities.pt` holds the measured sensitivities; `0.pt`,
-`1.pt` and so on hold the rounded layers; `hidden.pt` holds the number of finished layers, and the
+Each new model has a folder of its own. `sensitivities.pt` holds the measured sensitivities. `0.pt`,
+`1.pt` and so on hold the rounded layers. `hidden.pt` holds the number of finished layers, and the
 hidden states after them. Each file also holds an identity, a hash of what it was computed from. A
-file with another identity is refused.
+file whose identity is not the expected one is refused.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from mistral_ext.weights.new_folder import sync_names
 
 HIDDEN, SENSITIVITIES = "hidden.pt", "sensitivities.pt"
 _OURS = re.compile(r"(hidden|sensitivities|[0-9]+)\.(pt|part)")
-_STEP = 97  # of so many rows of a matrix one goes into a hash
+_STEP = 97  # the distance between the rows of a matrix that go into a hash
 
 
 def kept_folder(target: str | Path) -> Path:
-    """The folder that keeps what is done, until the model `target` is complete."""
+    """The folder that keeps the finished steps until the model `target` is complete."""
     target = Path(target)
     return target.with_name(f"{target.name}.calibration")
 
 
 def holds_work(kept: Path) -> bool:
-    """Says whether another call would continue from a folder."""
+    """Says whether the next call would continue from a folder, instead of beginning anew."""
     return (kept / HIDDEN).exists() or (kept / SENSITIVITIES).exists()
 
 
 def remove_kept(kept: Path) -> None:
-    """Removes the files of a calibration from a folder, and the folder if it is empty then.
+    """Removes the files of a calibration from a folder. Removes the folder, too, if it is then
+    empty.
 
     Raises:
         OSError: a file of the calibration cannot be removed.
@@ -53,7 +54,8 @@ def remove_kept(kept: Path) -> None:
 
 
 def save_state(state: dict[str, Any], file: Path) -> None:
-    """Writes a state to a file. Even after a power cut the file is as before or complete."""
+    """Writes a state to a file. Even after a power cut the file is complete, or as it was
+    before."""
     partial = file.with_suffix(".part")
     with partial.open("wb") as f:
         torch.save(state, f)
@@ -86,14 +88,14 @@ def load_state(file: Path, identity: str) -> dict[str, Any]:
 
 
 def hash_of_text(token_ids: Iterable[int]) -> str:
-    """A hash of tokens."""
+    """A hash of the tokens of a text."""
     tokens = torch.tensor(list(token_ids), dtype=torch.int64, device="cpu")
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def hash_of_weights(weights: Iterable[Tensor]) -> str:
     """A hash of a sample of the rows of matrices, and of whole vectors. A sample is enough, because
-    training, or merging an adapter, changes nearly all rows of a matrix, or none."""
+    training, or merging an adapter, changes nearly all rows of a matrix, or no row."""
     found = hashlib.sha256()
     for weight in weights:
         sample = weight[::_STEP] if weight.dim() > 1 else weight

@@ -17,7 +17,9 @@ from mistral_ext.weights.hub import resolve
 from mistral_ext.weights.new_folder import expect_free
 from mistral_ext.weights.new_model import write_model
 
-_ROWS = 1024  # rows of a weight that are merged at once: up to 117 MB of Mistral 7B in float64
+# The number of rows of a weight that are merged at once. In Mistral 7B they take up to 117 MB in
+# float64.
+_ROWS = 1024
 
 
 def merge_adapter(
@@ -47,8 +49,9 @@ def merge_adapter(
 
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
-        FileNotFoundError, ValueError: the source is quantised, damaged or an embedding model, the
-            adapter is for another model, or a weight is too large for the dtype.
+        FileNotFoundError: the source or the adapter is missing.
+        ValueError: the source is quantised, damaged or an embedding model, the adapter is damaged,
+            for another model or not supported, or a weight is too large for the dtype.
         OSError: no space is left, or another failure of the system.
     """
     target = Path(target)

@@ -2,7 +2,7 @@
 4.2GB`.
 
 A matrix loses accuracy in 4 bits (sensitivity.py), and takes more bytes in 8. While there is room,
-8 bits go to the matrices that lose the most accuracy for each of these bytes.
+8 bits go to the matrices that lose the most accuracy in 4 bits, per byte that 8 bits take more.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Mixture:
         dtype: the dtype of the weights that are not quantised.
 
     Raises:
-        ValueError: `size` is not a size, or is smaller than the model with all matrices in 4 bits,
-            or larger than the model with all matrices in 8 bits.
+        ValueError: `size` is not a size, or is smaller than the file with all matrices in 4 bits,
+            or larger than the file with all matrices in 8 bits.
     """
 
     def __init__(self, size: str | int, config: MistralConfig, dtype: torch.dtype) -> None:
@@ -61,18 +61,19 @@ class Mixture:
             )
 
     def best(self, sensitivities: Mapping[str, float]) -> Quantization:
-        """Chooses the formats. Matrices get 8 bits as long as they fit, in the order of the loss
-        that this avoids per byte.
+        """Chooses the formats. The matrices are tried in the order of the loss that 8 bits avoid
+        per byte that they take more. A matrix gets 8 bits if the file then has at most the given
+        size.
 
         Args:
-            sensitivities: the loss of 4 bits in each matrix of the layers, by Mistral's names.
+            sensitivities: the loss of accuracy by 4 bits in each matrix of the layers, by Mistral's
+                names.
         """
         small = layout_of(self._config, self._dtype, _SMALL)
         large = layout_of(self._config, self._dtype, _LARGE)
 
         def saved(name: str) -> float:
-            """The loss that 8 bits avoid in a matrix, per byte that 8 bits take more than 4
-            bits."""
+            """The loss that 8 bits avoid in a matrix, per byte that they take more than 4 bits."""
             return sensitivities[name] / (large[name].nbytes - small[name].nbytes)
 
         chosen: set[str] = set()

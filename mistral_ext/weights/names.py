@@ -1,4 +1,4 @@
-"""The names of weights in files.
+"""Converts the names of weights in files.
 
 In memory, weights have Mistral's names (layers.0.attention.wq.weight). Files in Hugging Face's
 format use one of three kinds of names: those of transformers' causal models
@@ -32,7 +32,8 @@ _HF_MODULES = {
 }
 _MISTRAL_MODULES = {module: name for name, module in _HF_MODULES.items()}
 _EXAMPLE = "model.layers.0.self_attn.v_proj.weight"
-# Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
+# Old versions of transformers stored the RoPE frequencies. They are not read, because they follow
+# from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
@@ -69,8 +70,8 @@ def mistral_name(name: str) -> str:
 
 
 def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:
-    """Renames tensors to the names that their format uses for a whole model. Leaves out stored
-    frequencies of RoPE.
+    """Renames tensors to the names that their format uses for a whole model (with its head, not in
+    a wrapper of peft). Leaves out stored frequencies of RoPE.
 
     Args:
         tensors: the tensors with their names in the files.
@@ -91,8 +92,8 @@ def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[Stored
 
 
 def _with_hugging_face_names(tensors: list[StoredTensor]) -> list[StoredTensor]:
-    """Renames tensors to the names of transformers' causal models. Every model has embeddings, and
-    the prefix of their name is the prefix of all names."""
+    """Renames tensors to the names of transformers' causal models. Every model has embeddings. The
+    prefix of their name tells which of the three kinds of names the file uses."""
     embeddings = re.compile(rf"({re.escape(PEFT_PREFIX)})?(model\.)?embed_tokens\.")
     match = next((m for m in (embeddings.match(stored.name) for stored in tensors) if m), None)
     if match is None or match[0].startswith("model."):

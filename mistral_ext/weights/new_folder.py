@@ -14,7 +14,7 @@ from pathlib import Path
 
 _log = logging.getLogger("mistral_ext")
 
-# Signals that ask a process to end. By default they end it at once.
+# Signals that ask a process to end. By default they end it at once, without any clean-up.
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -33,9 +33,9 @@ def is_free(target: Path) -> bool:
 def new_folder(target: Path) -> Iterator[Path]:
     """Makes a folder to write files into, and renames it to `target` when the block ends.
 
-    Until then the folder lies beside `target` under another name. After an error, Ctrl-C, or (in
-    the main thread) SIGTERM or SIGHUP, it is removed. It gets its name only when all its files are
-    on the disk, so `target` is never half-written, not even after a power cut.
+    Until then the folder lies in a temporary folder beside `target`. An error, Ctrl-C, or (in the
+    main thread) SIGTERM or SIGHUP removes the temporary folder. The folder is renamed only when all
+    its files are on the disk. So `target` is never half-written, not even after a power cut.
 
     Args:
         target: the path of the new folder. It must not exist, or be an empty folder.
@@ -51,7 +51,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         _log.warning("%s: another run is writing it, or was killed: then remove it", left)
     with (
         _cleaning_up_first(),
-        # The inner folder becomes the target: everyone may read it, unlike the temporary folder.
+        # Others may not read a temporary folder, so the new folder is an ordinary one inside it.
         tempfile.TemporaryDirectory(
             prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
         ) as temporary,
@@ -67,7 +67,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def sync_files(folder: Path) -> None:
-    """Writes the files in a folder, and their names, to the disk."""
+    """Makes sure that the files in a folder, and their names, are on the disk (fsync)."""
     for file in folder.iterdir():
         with file.open("rb+") as f:
             os.fsync(f.fileno())
@@ -75,7 +75,7 @@ def sync_files(folder: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Writes the names in a folder to the disk."""
+    """Makes sure that the names of the files in a folder are on the disk (fsync)."""
     if os.name == "nt":  # folders cannot be opened on Windows
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -86,7 +86,7 @@ def sync_names(folder: Path) -> None:
 
 
 class _Ended(SystemExit):
-    """Raised by a signal, so that the block can clean up."""
+    """Raised when a signal asks the process to end, so that the block can clean up first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -95,8 +95,8 @@ class _Ended(SystemExit):
 
 @contextmanager
 def _cleaning_up_first() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP end the block with an exception, so that it cleans up before the
-    process ends.
+    """Makes SIGTERM and SIGHUP end the block with an exception, so that the block cleans up before
+    the process ends.
 
     Does nothing for signals that are already handled or ignored. Does nothing outside the main
     thread, the only thread that may handle signals.
@@ -123,4 +123,4 @@ def _cleaning_up_first() -> Iterator[None]:
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
         if ended_by is not None:
-            signal.raise_signal(ended_by)  # a parent process sees which signal it was
+            signal.raise_signal(ended_by)  # the parent sees which signal ended this process

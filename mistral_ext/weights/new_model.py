@@ -22,12 +22,13 @@ from mistral_ext.weights.safetensors_file import Writer, file_size
 def layout_of(
     config: MistralConfig, dtype: torch.dtype, quantization: Quantization
 ) -> dict[str, Weight]:
-    """Describes the weights of a quantised model: by Mistral's names, on the meta device.
+    """Returns the weights of a quantised model by Mistral's names, on the meta device (dtypes and
+    shapes only).
 
     Args:
         config: the configuration of the model.
         dtype: the dtype of the weights that are not quantised.
-        quantization: the formats of the other weights.
+        quantization: the formats of the quantised weights.
 
     Raises:
         ValueError: a weight does not divide into groups.
@@ -40,7 +41,7 @@ def layout_of(
 
 
 def weights_size(layout: Mapping[str, Weight]) -> int:
-    """The bytes of the file that `write_model` makes of these weights."""
+    """The size in bytes of the file that `write_model` makes of these weights."""
     return file_size(_tensors_of(layout))
 
 
@@ -61,8 +62,8 @@ def write_model(
         config: the configuration of the new model.
         layout: the weights by Mistral's names, with the right dtypes and shapes. Their values are
             not used, so they may be on the meta device.
-        weights: the same weights with their values, in any order.
-        quantization: the formats of the weights. None: they are not quantised.
+        weights: pairs of the same names and the weights with their values, in any order.
+        quantization: the formats of the weights. None: the weights are not quantised.
 
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.

@@ -1,8 +1,8 @@
-"""Converts matrices of packed checkpoints to the formats of our kernels, without loss but for
-scales near 0.
+"""Converts matrices of packed checkpoints to the formats of our kernels. Nothing is lost, except
+that scales near 0 may be rounded.
 
-GPTQ, AWQ and compressed-tensors store w = scale * (q - zero), with a scale, and perhaps a zero
-point, for each group of neighbours in a row. They differ in the order of bits, and in how they
+In GPTQ, AWQ and compressed-tensors a weight is scale * (q - zero), with a scale, and perhaps a zero
+point, for each group of neighbours in a row. The three differ in the order of bits, and in how they
 store zero points. Our formats have groups of 32, 64 or 128. A larger group becomes several of our
 groups, which all have its scale and zero point.
 """
@@ -23,14 +23,16 @@ from mistral_ext.ops import Quantized, memory
 _log = logging.getLogger("mistral_ext")
 
 _GROUPS = (128, 64, 32)  # group sizes of our formats
-# A byte of a word of `Quantized` has a value in its low half and one in its high half. These are
-# the indices of the values in the low halves of the four bytes, and in the high halves.
+# A word of `Quantized` has 8 values of 4 bits. _LOW has the indices of the values in the low halves
+# of its four bytes, _HIGH those of the values in the high halves.
 _LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
 # The number of values that are converted at a time. Intermediate results of so few values stay in
-# the caches. Torch does not split them among threads, which would wait for each other longer than
-# they work.
+# the caches. Torch does not split so few values among threads, which would wait for each other
+# longer than they work.
 _AT_ONCE = 2**18 - 1
-_ROWS = 8  # rows whose values share words in AWQ; rows are read in multiples of this
+# In AWQ the values of 8 rows share words, so the number of rows that are read at a time is a
+# multiple of 8.
+_ROWS = 8
 _MIDDLES = 0x88888888 - 2**32  # 8 values of 4 bits, each 8: q ^ 8 is q - 8 in two's complement
 
 
@@ -50,8 +52,8 @@ class GroupedMatrix:
         scale_dtype: the dtype of the scales.
         zero: a function that reads the zero points, [N, K / group] integers from 0 to 15. None: all
             zero points are 2^(bits - 1).
-        order: [K] int64, the places of the integers, listed group by group. None: the integers of a
-            group are stored side by side.
+        order: [K] int64, the places of the integers in a row of the file, listed group by group.
+            None: the integers of a group are stored side by side.
     """
 
     name: str
@@ -108,7 +110,7 @@ class GroupedMatrix:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """For each place in the result of `_reordered`, the place from which its value comes."""
+        """The argument `places` of `_reordered` that puts the integers of a row in `order`."""
         assert self.order is not None
         evens_then_odds = self.order // 2 + self.order % 2 * (len(self.order) // 2)
         eights = evens_then_odds.view(-1, 8)
@@ -181,8 +183,8 @@ def unpack_along(words: Tensor, dim: int) -> Tensor:
 
 
 def swap_nibbles(words: Tensor) -> None:
-    """Exchanges value j of word i with value i of word j, for all i and j, in place. words: [8,
-    ...]."""
+    """Exchanges value j of words[i] with value i of words[j], for all i and j, in place. `words` is
+    [8, ...]."""
     for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
         low, high = words.unflatten(0, (-1, 2, half)).unbind(1)
         differing = ((low >> 4 * half) ^ high) & mask
@@ -197,10 +199,10 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
 
     Args:
         words: [N, K / 8], with 8 values of 4 bits each.
-        places: [K], for each value of the result the index from which it comes. The index is that
-            of a list of a row's values at even positions, followed by those at odd positions. The
-            first K / 2 values of the result become the low halves of the bytes, in order, and the
-            others the high halves.
+        places: [K], for each value of the result the index from which it comes, in a list of the
+            row's values at even positions, followed by those at odd positions. The first K / 2
+            values of the result become the low halves of the bytes, in order. The other values
+            become the high halves.
     """
     pairs = words.numpy().view(np.uint8)
     values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")

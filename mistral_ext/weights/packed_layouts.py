@@ -1,16 +1,19 @@
-"""The tensors in which GPTQ, AWQ and compressed-tensors store a matrix [N, K] with G groups in a
-row.
+"""Reads the tensors in which GPTQ, AWQ and compressed-tensors store a matrix [N, K].
 
-GPTQ: `qweight` int32 [K/8, N], where a word has 8 neighbouring values of a row of the matrix;
-`qzeros` int32 [G, N/8]; `scales` [G, N]; `g_idx` int32 [K], the group of each input, in any order
-("act-order"). The first version of GPTQ stores zero points less 1. With 8 bits, words have 4
-values.
+A row of the matrix has G groups of values. The values of a group share a scale and a zero point.
+The sizes below are those of 4 bits, where an int32 word has 8 values. With 8 bits a word has 4.
 
-AWQ, in the layout of its GEMM kernel: `qweight` int32 [K, N/8] and `qzeros` int32 [G, N/8], where a
-word has the values of 8 neighbouring outputs in another order; `scales` [G, N].
+GPTQ has `qweight` int32 [K/8, N], where a word has 8 neighbouring values of a row of the matrix,
+`qzeros` int32 [G, N/8], `scales` [G, N], and `g_idx` int32 [K]. `g_idx` is the group of each input.
+The groups may be in any order ("act-order"). The first version of GPTQ stores each zero point minus
+1.
 
-compressed-tensors, "pack-quantized": `weight_packed` int32 [N, K/8]; `weight_scale` [N, G];
-`weight_zero_point` int32 [N/8, G]; `weight_shape` [2]; `weight_g_idx` as `g_idx` of GPTQ.
+AWQ has, in the layout of its GEMM kernel, `qweight` int32 [K, N/8], `qzeros` int32 [G, N/8] and
+`scales` [G, N]. A word has the values of 8 neighbouring outputs in another order (`_AWQ`).
+
+compressed-tensors has, in its format "pack-quantized", `weight_packed` int32 [N, K/8],
+`weight_scale` [N, G], `weight_zero_point` int32 [N/8, G], `weight_shape` [2], and `weight_g_idx`,
+which is like `g_idx` of GPTQ.
 
 Sources: the packers of GPTQModel, AutoAWQ and compressed-tensors.
 """
@@ -32,8 +35,8 @@ from mistral_ext.weights.safetensors_file import StoredTensor
 
 _WORD = (torch.int32,)
 _SCALES = (torch.float16, torch.bfloat16)
-_PER_WORD = 8  # values of 4 bits in a word
-# Value i of a word of AWQ belongs to output _AWQ[i] of 8.
+_PER_WORD = 8  # the number of 4-bit values in a word
+# Value i of a word of AWQ belongs to output _AWQ[i] of the word's 8 outputs.
 _AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -51,12 +54,13 @@ def gptq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
         return _transposed(words.read()[:, some])
 
     def zero() -> Tensor:
-        # The addition is on whole words, with carries, because the writers subtract in the same
-        # way.
+        # 1 is added to each zero point of a word in one addition, with carries from one to the
+        # next, because the writers subtract 1 in the same way.
         stored = zeros.read() + (0x11111111 if packing.zero_minus_one else 0)
         return unpack_along(stored, 1).T
 
-    # If values are symmetric, some files store zero points as the other version of GPTQ does.
+    # If values are symmetric, all zero points are `middle`. Some files store them as the other
+    # version of GPTQ does, so both ways are accepted.
     middle = 2 ** (packing.bits - 1)
     symmetric = packing.symmetric and any(
         torch.equal(zeros.read(), _filled(zeros.shape, value, packing.bits))
@@ -90,7 +94,9 @@ def awq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
     def block(some: slice) -> Tensor:
         part = words.read()[:, some.start // _PER_WORD : some.stop // _PER_WORD]
         inputs = _transposed(_transposed(part).view(-1, _PER_WORD)).view(_PER_WORD, -1, size // 8)
-        swap_nibbles(inputs)  # [8 places of an output, N / 8, K / 8]
+        # `inputs` is [8, rows / 8, K / 8]. At first `inputs[i]` has the words of input i of 8, each
+        # with 8 outputs. Then it has the words of the outputs at place i, each with 8 inputs.
+        swap_nibbles(inputs)
         out = part.new_empty(some.stop - some.start, size // _PER_WORD)
         for place, output in enumerate(_AWQ):
             out[output::_PER_WORD] = inputs[place]
@@ -173,6 +179,6 @@ def _order(module: ModuleTensors, suffix: str, packing: Packing) -> Tensor | Non
 
 
 def _filled(shape: tuple[int, ...], value: int, bits: int) -> Tensor:
-    """Makes words that are filled with one value, which is at most 2^(bits - 1)."""
+    """Makes int32 words in which every field of `bits` bits holds `value`."""
     word = sum(value << shift for shift in range(0, 32, bits))
     return torch.full(shape, word - (word >> 31 << 32), dtype=torch.int32, device="cpu")

@@ -1,8 +1,9 @@
-"""The weights of a packed checkpoint: GPTQ, AWQ, compressed-tensors or bitsandbytes.
+"""Reads the weights of a packed checkpoint, of GPTQ, AWQ, compressed-tensors or bitsandbytes.
 
 Matrices of the first three keep their numbers, as the values and scales of a `Quantized`, unless
 they are to be rounded again. Matrices of bitsandbytes are decoded as they are read. The names of
-its tensors tell whether a matrix is packed, so a checkpoint may also have matrices that are not.
+a matrix's tensors tell whether the matrix is packed, so a checkpoint may also have matrices that
+are not packed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _READERS: dict[str, _Reader] = {
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": nf4,
 }
-# Tensors that only packed layers have, by the ends of their names after the layer's.
+# Tensors that only packed layers have. The name of the layer comes before these names.
 _MARKS = ("qweight", "qzeros", "weight_packed", "weight.absmax", "weight.quant_map")
 
 
@@ -43,7 +44,7 @@ class PackedWeights(NamedTuple):
     """The tensors of a checkpoint in the form that `checkpoint` reads.
 
     Attributes:
-        tensors: the tensors by their names. A packed matrix has here its decoded `weight`, or the
+        tensors: all tensors. A packed matrix has been replaced by its decoded `weight`, or by the
             values and scales of a `Quantized`. The name of the scales ends with `SCALE_SUFFIX`.
         kept: the matrices that are a `Quantized`, by Mistral's names, with values and scales on the
             meta device.
@@ -70,15 +71,16 @@ def read_packed(
     """Finds the packed matrices of a checkpoint. Reads only small tensors, such as zero points.
 
     Args:
-        tensors: all tensors of the files, by the names of `mistral_ext.weights.names`.
+        tensors: all tensors of the files. They have Hugging Face's names.
         packing: how the matrices are packed, according to the configuration.
-        layers: the layers that may be packed, by names of the same kind.
+        layers: the layers that may be packed, by Hugging Face's names.
         dtype: the dtype to which matrices are decoded.
-        quantization: how the weights are rounded again, for which all matrices are decoded. None:
-            they are not rounded again.
+        quantization: how the weights are rounded again. All packed matrices are then decoded.
+            None: the weights are not rounded again.
 
     Raises:
-        ValueError: a tensor is missing or invalid. The message names the tensor.
+        ValueError: a tensor is missing or invalid, or matrices that share their input need it in
+            different orders. The message names the tensor.
     """
     modules, found = _by_module(tensors, layers)
     kept: dict[str, Quantized] = {}
@@ -96,7 +98,8 @@ def read_packed(
                 plain = torch.empty(module.shape, dtype=dtype, device="meta")
                 found.append(_stored(weight, file, plain, partial(matrix.decoded, dtype)))
                 decoded_bytes += plain.nbytes
-        # The other tensors belong to plain layers, or should not be in a packed layer.
+        # The other tensors belong to layers that are not packed, or should not be in a packed
+        # layer. The caller refuses those that no weight has.
         found += module.left.values()
     _expect_same_orders(kept)
     _say_what_changes(packing, quantization or dtype, decoded_bytes)
@@ -106,8 +109,9 @@ def read_packed(
 def _say_what_changes(
     packing: Packing, becomes: Quantization | torch.dtype, decoded_bytes: int
 ) -> None:
-    """Logs what becomes of packed matrices that do not keep their numbers. `decoded_bytes` is the
-    size of the matrices that are decoded to a dtype."""
+    """Logs what becomes of packed matrices that do not keep their numbers. `becomes` is how they
+    are rounded again, or the dtype to which they are decoded, and `decoded_bytes` their size when
+    decoded."""
     if isinstance(becomes, Quantization):
         _log.warning("weights in %s become %s as they are read", packing, becomes)
     elif decoded_bytes:
@@ -120,7 +124,8 @@ def _say_what_changes(
 
 
 def default_dtype(tensors: Iterable[StoredTensor], embeddings: str) -> torch.dtype:
-    """The dtype to compute in: the dtype of the tensor named `embeddings`, else bfloat16."""
+    """The dtype to compute in: that of the tensor named `embeddings`, or bfloat16 if this tensor is
+    missing or has a dtype that torch does not have."""
     for stored in tensors:
         if stored.name == embeddings and isinstance(stored.dtype, torch.dtype):
             return stored.dtype
@@ -134,7 +139,7 @@ def _stored(name: str, file: Path, like: Tensor, read: Callable[[], Tensor]) -> 
 def _by_module(
     tensors: Iterable[StoredTensor], layers: Mapping[str, Layer]
 ) -> tuple[list[ModuleTensors], list[StoredTensor]]:
-    """Returns the tensors of each layer, and all other tensors."""
+    """Returns the tensors of each layer in `layers`, and all other tensors."""
     modules: dict[str, ModuleTensors] = {}
     others = []
     for stored in tensors:
@@ -150,7 +155,7 @@ def _by_module(
 
 
 def _expect_same_orders(kept: Mapping[str, Quantized]) -> None:
-    """Raises an error if matrices that are multiplied in one pass need their input in different
+    """Raises ValueError if matrices that are multiplied in one pass need their input in different
     orders."""
     layers = {name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0] for name in kept}
     for layer in sorted(layers):

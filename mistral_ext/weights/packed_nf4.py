@@ -1,10 +1,13 @@
 """Matrices in bitsandbytes' nf4 format, which are decoded as they are read.
 
-A value is one of 16 numbers of a table, times the largest magnitude of 64 neighbours. `weight` has
-two values in a byte, the first in the high bits, row after row. `weight.absmax` has the magnitudes,
-and `weight.quant_map` the table. With double quantisation the magnitudes are bytes: a magnitude is
-a number of `weight.nested_quant_map`, times `weight.nested_absmax` of 256 neighbours, plus an
-offset. `weight.quant_state.bitsandbytes__nf4` holds the sizes as JSON.
+Values are stored in blocks of neighbours, usually 64. A value is one of 16 numbers of a table,
+multiplied by the largest magnitude of its block. `weight` has two values in a byte, the first in
+the high bits, row after row. `weight.absmax` has the magnitudes, and `weight.quant_map` the table.
+
+With double quantisation `weight.absmax` consists of bytes. Each is the index of a number in the
+table `weight.nested_quant_map`. This number is multiplied by an element of `weight.nested_absmax`,
+which neighbours share, usually 256. An offset is added. The result is the magnitude.
+`weight.quant_state.bitsandbytes__nf4` holds the sizes of blocks and the offset as JSON.
 
 Source: bitsandbytes' functional.py.
 """
@@ -24,8 +27,8 @@ from mistral_ext.weights.safetensors_file import StoredTensor
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _FLOAT = (torch.float32,)
-_STATE_BYTES = 2**16  # the limit; usually some hundred
-_AT_ONCE = 2**20  # values decoded at a time, few enough for the caches
+_STATE_BYTES = 2**16  # the most bytes that the JSON may have; usually it has some hundred
+_AT_ONCE = 2**20  # the number of values decoded at a time, so few that they stay in the caches
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,16 @@ class Nf4Matrix:
     """A matrix [N, K] in blocks of neighbours. A block may continue in the next row.
 
     Attributes:
+        shape: the shape [N, K] of the matrix.
+        block: the number of values in a block.
         packed: the values, two in a byte: N K / 2 bytes, of any dtype.
-        absmax: the largest magnitude of each block, [blocks] fp32, or bytes if `nested` is given.
-        table: the 16 numbers that a value may be, [16] fp32.
-        nested: how `absmax` is quantised: its table [256], its own largest magnitudes, and how many
-            bytes of `absmax` share such a magnitude. None: `absmax` is not quantised.
-        offset: a number that is added to the decoded `absmax` if it is quantised.
+        absmax: the largest magnitude of each block, [blocks] fp32. If `nested` is given: [blocks]
+            uint8.
+        table: [16] fp32, the numbers that a value may be before it is multiplied.
+        nested: how `absmax` is quantised: its table [256], its own largest magnitudes, and the
+            number of bytes of `absmax` that share such a magnitude. None: `absmax` is not
+            quantised.
+        offset: a number that is added to the decoded `absmax`. It is not used if `nested` is None.
     """
 
     shape: tuple[int, int]
@@ -53,7 +60,7 @@ class Nf4Matrix:
         """Reads the matrix and decodes it. Values are computed in fp32 and rounded to `dtype`.
 
         Raises:
-            ValueError: its magnitudes or its table are not finite.
+            ValueError: the magnitudes or the table are not finite.
         """
         packed = self.packed.read().view(-1).view(torch.uint8)
         table, magnitudes = self.table.read(), self._magnitudes()
@@ -79,7 +86,8 @@ class Nf4Matrix:
 
 
 def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
-    """Takes the tensors of a layer. The tensors themselves say how the layer is packed.
+    """Takes the tensors of a layer. They say themselves how the layer is packed, so `packing` is
+    not used.
 
     Raises:
         ValueError: a tensor is missing, or does not fit the others. The message names the tensor.
@@ -118,7 +126,7 @@ def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
 
 def _state(module: ModuleTensors, stored: StoredTensor) -> dict[str, Any]:
     """Reads the JSON that describes how a layer is quantised: its shape, type, block sizes and
-    offset. Raises ValueError if that is not nf4 with the layer's shape."""
+    offset. Raises ValueError if the JSON does not describe nf4 with the layer's shape."""
     if stored.dtype != torch.uint8 or stored.nbytes > _STATE_BYTES:
         raise module.error(
             stored,

@@ -13,8 +13,10 @@ from typing import Any
 
 from mistral_ext.files import read_json_object
 
-_KEYS = ("quantization_config", "compression_config")  # the second: in old compressed-tensors
-# The files of folders without such a key in config.json.
+# The keys of config.json with such settings. The second is that of old versions of
+# compressed-tensors.
+_KEYS = ("quantization_config", "compression_config")
+# The settings file of a folder without such a key -> the method that writes such files.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 WHOLE_ROW = -1  # the group size if a row has one scale
@@ -25,13 +27,14 @@ class Packing:
     """How the matrices of a folder are packed.
 
     Attributes:
-        method: "gptq", "awq", "compressed-tensors" or "bitsandbytes".
+        method: "gptq", "awq", "compressed-tensors" or "bitsandbytes". For "bitsandbytes" the other
+            fields mean nothing, because each matrix has its own settings beside it.
         bits: the bits of a value, 4 or 8.
         group: the number of neighbouring values that share a scale, or WHOLE_ROW.
         symmetric: whether there are no zero points, or all are 2^(bits - 1).
-        zero_minus_one: whether zero points are stored less 1, as the first version of GPTQ does.
-        act_order: whether the inputs of a group may be anywhere in a row. Then a tensor gives their
-            places.
+        zero_minus_one: whether zero points are stored minus 1, as in the first version of GPTQ.
+        act_order: whether the inputs of a group may be anywhere in a row. If they may, a tensor of
+            the layer says to which group each input belongs.
     """
 
     method: str
@@ -65,7 +68,7 @@ def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
     """Reads how the matrices of a folder are packed. Returns None if they are not packed.
 
     Args:
-        config: the contents of config.json, without settings of this package.
+        config: the contents of a config.json whose settings are not those of this package.
 
     Raises:
         ValueError: the matrices are packed in a way that is not supported. The message names the
@@ -97,7 +100,8 @@ def _gptq(settings: Mapping[str, Any]) -> Packing:
     symmetric = _choice(settings, "sym", (True, False), True)
     if bits == 8 and not symmetric:
         raise ValueError("sym is False with 8 bits, expected True: zero points need 4 bits")
-    # With static groups, only the quantiser used another order: in the file, groups are neighbours.
+    # With static groups only the quantiser used another order. In the file the inputs of a group
+    # are neighbours.
     meta = settings.get("meta")
     static = settings.get("static_groups") or (isinstance(meta, dict) and meta.get("static_groups"))
     act_order = bool(settings.get("desc_act")) and not static
@@ -106,7 +110,7 @@ def _gptq(settings: Mapping[str, Any]) -> Packing:
 
 
 def _awq(settings: Mapping[str, Any]) -> Packing:
-    # The first two settings have other names in old files.
+    # In old files the number of bits and the group size have other names.
     _choice(settings, "w_bit" if "w_bit" in settings else "bits", (4,), None)
     group = _group(settings, "q_group_size" if "q_group_size" in settings else "group_size")
     version = settings.get("version", settings.get("checkpoint_format", "gemm"))

@@ -1,4 +1,4 @@
-"""The stored tensors of one linear layer, taken one by one and checked."""
+"""Takes the stored tensors of a linear layer one by one, and checks them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class ModuleTensors:
     Attributes:
         name: the name of the layer in the file.
         shape: the shape [N, K] of its matrix.
-        left: these tensors. The key is the part of the name that follows the layer's name.
+        left: the tensors. The key is the part of the tensor's name after the layer's name and a
+            dot, such as "qweight".
     """
 
     name: str
@@ -51,8 +52,8 @@ class ModuleTensors:
         return stored
 
     def drop_zeros(self, suffix: str) -> None:
-        """Removes the bias of a layer. Some writers store a bias of zeros. Raises ValueError for
-        any other bias."""
+        """Removes the bias of a layer, if it has one. Some writers store a bias of zeros. Raises
+        ValueError for any other bias."""
         stored = self.left.pop(suffix, None)
         if stored is not None and stored.read().any():
             raise self.error(stored, "is not zero, expected layers without bias")

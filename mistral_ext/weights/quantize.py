@@ -1,32 +1,32 @@
 """Quantises weights: chooses their values and scales.
 
-A weight is its value times a scale. `Quantization.format_of` gives the format of each matrix
-(csrc/formats.h). The caller chooses the format of the layers' matrices, and some of them may have
-another format (mixed.py). The output matrix gets 8 bits, because it decides which token is chosen.
-Embeddings (a token reads only one row) and norms are not quantised.
+A weight is stored as a value, which is multiplied by a scale. `Quantization.format_of` gives the
+format of each matrix (csrc/formats.h). The caller chooses the format of the layers' matrices, and
+some of them may have another format (mixed.py). The output matrix gets 8 bits, because it decides
+which token is chosen. Embeddings (a token reads only one row) and norms are not quantised.
 
-8 bits: the scale is the largest magnitude / 127. It is for 32 neighbours in a row ("q8_0", 8.5 bits
-with the scales) or for the whole row ("int8", the format of older folders). Some GPUs multiply
-floating point numbers of 8 bits (e4m3). Such weights would be no better: the bytes that a decode
-step reads limit its speed, and e4m3 takes as many. With a scale for each row, e4m3 leaves 13 times
-the KL divergence of "int8" on the demo (`bench/quality.py`), because weights need no more range
-than a scale gives them.
+With 8 bits the scale is the largest magnitude / 127. 32 neighbours in a row share a scale ("q8_0",
+8.5 bits with the scales), or the whole row does ("int8", the format of older folders). Some GPUs
+multiply floating point numbers of 8 bits (e4m3). Such weights would be no better: the bytes that a
+decode step reads limit its speed, and e4m3 takes as many. With a scale for each row, e4m3 leaves 13
+times the KL divergence of "int8" on the demo (`bench/quality.py`): e4m3 spends bits on a range that
+weights do not need.
 
-4 bits: values come from a table of 16 values, denser near 0, where most weights are. In "iq4_xs"
-(4.25 bits) 32 neighbours share a scale of 6 bits, and 256 neighbours a factor of these scales. If
-the length of a row is no multiple of 256, the format is "iq4_nl", with an fp16 scale for each 32
-values (4.5 bits). A kernel (csrc/cpu/quantize.cpp) tries several scales, and takes the scale with
-the least squared error. Errors of large weights count more. On normally distributed weights this
-leaves an error of 7.5 % (root mean square).
+With 4 bits values come from a table of 16 values, denser near 0, where most weights are. In
+"iq4_xs" (4.25 bits) 32 neighbours share a scale of 6 bits, and 256 neighbours share an fp16 number
+by which these scales are multiplied. If the length of a row is no multiple of 256, the format is
+"iq4_nl", with an fp16 scale for each 32 values (4.5 bits). A kernel (csrc/cpu/quantize.cpp) tries
+several scales, and takes the scale with the least squared error. Errors of large weights count
+more. On normally distributed weights this leaves a root mean square error of 7.5 % of the weights'.
 
 "int4" is the format of older folders, and the format if a caller sets `group`. Its values are in
 equal steps, and each group of neighbours in a row has a scale. The weight with the largest
-magnitude becomes -8, the value with the largest magnitude, so a scale may be negative. Smaller
-scales are tried, too. They cut off the largest weights and round all others finer. In groups of 64
+magnitude becomes -8, the value with the largest magnitude, so a scale may be negative. Other scales
+are tried, too. Smaller ones clip the largest weights and round all others finer. In groups of 64
 (4.25 bits) this leaves an error of 9.0 %.
 
-Scales are rounded to their stored dtype before values are computed from them. So this rounding does
-not shift all values of a group.
+A scale is rounded to its stored dtype before values are computed with it. So the values compensate
+the rounding of the scale.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mistral_ext.ops.quantize import round_to_table
 from mistral_ext.ops.weight import FORMATS, Quantized
 from mistral_ext.weights.names import mistral_name
 
-# The names that callers use -> formats.
+# The names by which callers choose a format -> the format.
 NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
 _OF_TABLE = ("iq4_xs", "iq4_nl")
 # The formats that `quantize` makes. Other formats come only from files.
@@ -54,11 +54,12 @@ _FOR_OTHER_ROWS = {"iq4_xs": "iq4_nl"}
 _DEFAULT_GROUPS = {"int4": 64}
 _OUTPUT_FORMAT = "q8_0"
 
-# Scales to try, relative to the scale of the largest magnitude. Twice as many scales reduce the
-# error by 0.3 %.
+# Scales to try, relative to the scale of the largest magnitude. Twice as many scales would reduce
+# the error only by 0.3 %.
 _TRIED = (0.70, 0.76, 0.82, 0.88, 0.94, 1.00, 1.06)
 
-# The number of weights that are rounded at a time. Their intermediate results stay in the caches.
+# The number of weights that are rounded at a time. Intermediate results of so few weights stay in
+# the caches.
 _BLOCK = 2**18
 
 
@@ -71,7 +72,9 @@ class Quantization:
     """
 
     format: str  # the format of the layers' matrices, a key of FORMATS
-    group: int | None = None  # weights that share a scale; None: the default of the format
+    # The number of weights that share a scale. None is replaced by the default of the format, but
+    # stays None if a whole row shares a scale.
+    group: int | None = None
     output_format: str = _OUTPUT_FORMAT
     # Mistral's names of weights with another format -> this format.
     formats: Mapping[str, str] = field(default_factory=dict)
@@ -99,7 +102,8 @@ class Quantization:
 
     @classmethod
     def from_bits(cls, bits: int, group: int | None = None) -> Quantization:
-        """The quantisation for 8 or 4 bits. 4 bits with a `group` are "int4"."""
+        """The quantisation for 8 bits ("q8_0") or 4 bits ("iq4_xs", or "int4" if `group` is
+        given)."""
         if bits not in (8, 4):
             raise ValueError(f"bits is {bits!r}, expected 8 or 4")
         return cls("int4" if bits == 4 and group is not None else NAMES[f"int{bits}"], group)
@@ -107,7 +111,8 @@ class Quantization:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Quantization:
         """Reads the quantisation from a `quantization_config`. Folders of version 0.1 or before
-        have `bits` instead of `format`, and their 8 bits have a scale for each row."""
+        have `bits` instead of `format`. Their formats are "int8" (a scale for each row) and
+        "int4"."""
         group = settings.get("group_size")
         if "format" in settings:
             output_format = settings.get("output_format", _OUTPUT_FORMAT)
@@ -129,8 +134,9 @@ class Quantization:
         return ", ".join([shown, *(f"{count} matrices {name}" for name, count in counts.items())])
 
     def format_of(self, name: str, columns: int) -> str | None:
-        """The format of a weight, by Mistral's name and the length of its rows. Returns None if the
-        weight is not quantised."""
+        """The format of a weight, by Mistral's name and the length of its rows. If the rows do not
+        divide into groups of "iq4_xs", the format is "iq4_nl" instead. Returns None if the weight
+        is not quantised."""
         if name in self.formats:
             wanted = self.formats[name]
         elif name == "output.weight":
@@ -148,8 +154,8 @@ class Quantization:
         return self.group if format == self.format else Quantization(format).group
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
-        """The result that `quantize` would have, as tensors on the meta device (dtypes and shapes
-        only), or None if the weight is not quantised.
+        """The result that `quantize` would return, as tensors on the meta device (dtypes and shapes
+        only). Returns None if the weight is not quantised.
 
         Raises:
             ValueError: the weight does not divide into groups.
@@ -157,7 +163,8 @@ class Quantization:
         return self.empty(name, shape, torch.device("meta"))
 
     def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> Quantized | None:
-        """Makes the tensors that `parts` describes, on a device. They are still to be filled."""
+        """Makes the tensors that `parts` describes, on a device, without setting their values.
+        Returns None if the weight is not quantised."""
         chosen = self.format_of(name, shape[-1])
         if chosen is None:
             return None
@@ -166,8 +173,9 @@ class Quantization:
     def quantize(
         self, name: str, weight: Tensor, stored_name: str, importance: Tensor | None = None
     ) -> Quantized | None:
-        """Quantises the weight whose Mistral name is `name`. Returns None if this weight is not
-        quantised. `stored_name` is for error messages."""
+        """Quantises the weight whose Mistral name is `name`. Returns None if this weight is not to
+        be quantised. `stored_name` is for error messages. The function `quantize` explains
+        `importance` and the errors."""
         chosen = self.format_of(name, weight.shape[-1])
         if chosen is None:
             return None
@@ -185,8 +193,8 @@ def _formats_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def has_table(name: str) -> bool:
-    """Whether the values of a format come from a table. Then its scales are chosen by
-    importance."""
+    """Whether the values of a format come from a table. If they do, the importance of inputs counts
+    in the choice of scales."""
     return name in _OF_TABLE
 
 
@@ -211,8 +219,8 @@ def quantize(
     Args:
         weight: [N, K], float32, bfloat16 or float16.
         format: "int8", "int4", "q8_0", "iq4_xs" or "iq4_nl", see `mistral_ext.ops.Quantized`.
-        group: the number of weights that share a scale: 32, 64 or 128 for "int4". None: the only
-            number that the format has, or 64 for "int4".
+        group: the number of weights that share scales: 32, 64 or 128 for "int4". None: 64 for
+            "int4", a whole row for "int8", else the only number that the format allows.
         name: the name of the weight, for error messages.
         importance: [K] float32, how much an error in each input counts. None: all inputs count the
             same. Only formats with a table use it.
@@ -256,7 +264,8 @@ def _from_table(
         rows = rows.contiguous()
     largest = round_to_table(rows, quantized, None if importance is None else importance.to(cpu))
     expect_finite(largest, name)
-    # In "iq4_nl" all scales are fp16. In "iq4_xs" the first 2 of each 8 bytes are an fp16 scale.
+    # In "iq4_nl" all scales are fp16. In "iq4_xs" the scales of 256 values take 8 bytes, and only
+    # the first 2 of these bytes are an fp16 number.
     halves = quantized.scales.view(torch.float16)
     halves = halves if format == "iq4_nl" else halves[:, ::4]
     _expect_finite_scales(halves, largest, name, format, halves.dtype)
@@ -303,21 +312,21 @@ def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _divide(groups: Tensor, scales: Tensor) -> Tensor:
-    """The nearest integers to weight / scale; 0 where the scale is 0."""
+    """Rounds weight / scale to integers. The result is 0 where the scale is 0."""
     inverse = torch.where(scales == 0, 0, scales.reciprocal())
     return (groups * inverse).round_()
 
 
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The scales [..., 1] for 4 bits. Among the scales that are tried, they have the least squared
-    error.
+    """Chooses the scales [..., 1] for 4 bits by their squared error.
 
-    Let u be the weights of a group and q the values that a tried scale gives. The best scale for
-    these values is u.q / q.q. It leaves the squared error u.u - (u.q)^2 / q.q.
+    Let u be the weights of a group, and q the values to which a tried scale rounds them. The best
+    scale for these values is u.q / q.q. It leaves the squared error u.u - (u.q)^2 / q.q. So the
+    tried scale with the largest (u.q)^2 / q.q wins, and u.q / q.q of its values is returned.
     """
     largest = torch.where(high > -low, high, low)
     base = _rounded(largest / -8, torch.bfloat16)
-    u = groups * torch.where(base == 0, 0, base.reciprocal())  # -8 to 8
+    u = groups * torch.where(base == 0, 0, base.reciprocal())  # -8 to 8, in units of `base`
     q, product = torch.empty_like(u), torch.empty_like(u)
     most_gained = torch.zeros_like(base)
     best = torch.zeros_like(base)

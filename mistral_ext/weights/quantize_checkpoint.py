@@ -35,27 +35,29 @@ def quantize_checkpoint(
 ) -> Path:
     """Quantises a model, tensor by tensor, into a folder that loads without the original.
 
-    The folder is either complete or absent (`new_folder`). After an error or an interruption no
-    file of it is left, and the call can be repeated. What a `calibration` has done is kept beside
+    The folder is either complete or absent (`new_folder`), so the call can be repeated after an
+    error or an interruption. Finished steps of a `calibration` are kept in another folder beside
     it.
 
     Args:
         source: a model folder, or a hub id.
         target: the folder to make. It must not exist, or be empty.
-        bits: 8 ("q8_0") or 4 ("iq4_xs", or "iq4_nl" for rows that are not a multiple of 256 long).
+        bits: 8 ("q8_0") or 4 ("iq4_xs", or "iq4_nl" for rows whose length is no multiple of 256).
             None: `size` decides which matrices get 8 bits and which get 4.
         group: for 4 bits, the number of weights that share a scale: 32, 64 or 128. The format is
-            then "int4". None: the formats that `bits` names.
+            then "int4". None: the formats are those named above.
         dtype: the dtype of embeddings and norms, which are not quantised. None: they keep the dtype
             in which they are stored.
         progress: show a progress bar if stderr is a terminal.
         calibration: for 4 bits or a `size`, the tokens of a text that the model runs. Errors are
             then small for inputs that are large in this text (`mistral_ext.weights.calibrate`).
-            Finished layers are kept in a folder `target` + ".calibration", from which another call
-            continues after an interruption. None: weights are rounded without regard to inputs.
-        size: instead of `bits`, the most bytes of the file of weights, such as "4.2GB" (10^9) or
-            "4GiB" (2^30). Most matrices get 4 bits. Matrices that lose the most in 4 bits get 8
-            (`mistral_ext.weights.sensitivity`).
+            Finished layers are kept in a folder `target` + ".calibration". If the call is
+            interrupted, the next call continues from there. None: weights are rounded without
+            regard to inputs.
+        size: the most bytes that the file of weights may have, such as 4200000000, "4.2GB" (10^9)
+            or "4GiB" (2^30). All matrices get 4 bits, except that those that lose the most in 4
+            bits get 8, as far as they fit (`mistral_ext.weights.sensitivity`). None: `bits` is
+            given.
 
     Returns:
         `target`.
@@ -64,6 +66,8 @@ def quantize_checkpoint(
         FileExistsError: `target` is a file, or a folder with something in it.
         FileNotFoundError, ValueError: as in :func:`mistral_ext.weights.checkpoint.load_weights`.
             The message names what is wrong with the source, the tensor or the argument.
+        ValueError: the source is a GGUF file, quantised already or an embedding model, or the
+            arguments contradict each other.
         OSError: no space is left, or another failure of the system.
     """
     if (bits is None) == (size is None):
@@ -122,7 +126,7 @@ def quantize_checkpoint(
     if calibration is not None:
         try:
             remove_kept(kept)
-        except OSError as error:  # the model is complete
+        except OSError as error:  # no reason to fail, because the model is complete
             _log.warning("%s is not needed any more, but cannot be removed: %s", kept, error)
     return target
 
@@ -134,7 +138,9 @@ def _sensitivities(
     kept: Path,
     progress: bool,
 ) -> dict[str, float]:
-    """The loss of accuracy by 4 bits in each matrix of the layers."""
+    """The loss of accuracy by 4 bits in each matrix of the layers, by Mistral's names. It is
+    measured on the calibration's tokens and kept in a folder, or on random tokens if `calibration`
+    is None."""
     sensitivities = Sensitivities(weights.read, original.config)
     if calibration is not None:
         return sensitivities.measure_once(calibration, kept, progress)

@@ -1,8 +1,10 @@
-"""The safetensors format. Files are mapped into memory to read them, and written tensor by tensor.
+"""Reads and writes files in the safetensors format. Files are read by mapping them into memory, and
+written tensor by tensor.
 
-A file is the length of the header (8 bytes, little-endian), the header (JSON: name to dtype, shape
-and range of bytes), and the data without gaps. The safetensors library is not used: it does not
-name the tensor when it refuses a damaged file, and it writes only files that fit into memory.
+A file consists of the length of the header (8 bytes, little-endian), the header (a JSON object from
+the name of a tensor to its dtype, shape and range of bytes), and the data without gaps. The
+safetensors library is not used: it does not name the tensor when it refuses a damaged file, and it
+writes only files that fit into memory.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ DTYPES = {
     "U8": torch.uint8,
     "I64": torch.int64,
 }
-_ALIGNMENT = 64  # bytes: a cache line
+_ALIGNMENT = 64  # the data begin at a multiple of so many bytes, which is a cache line
 
 
-SCALE_SUFFIX = "_scale"  # the name of scales is the name of the weight and this
+SCALE_SUFFIX = "_scale"  # appended to the name of a weight, it gives the name of the scales
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,10 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
 
 
 def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
-    """Makes a tensor of the file's own pages.
+    """Maps a tensor of a file into memory.
 
-    Each tensor has its own mapping, which ends with the tensor. So after a tensor was copied, the
-    process does not hold its pages any more.
+    Each tensor has its own mapping, which ends when the tensor is freed. So after a tensor was
+    copied and freed, the process does not hold its pages any more.
     """
     if isinstance(dtype, str):
         raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
@@ -136,8 +138,8 @@ def file_size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _header(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], bytes]:
-    # Tensors with the largest elements come first. Then each tensor is aligned to its elements,
-    # whatever the shapes. The tensors of Mistral 7B all begin at a multiple of 64 bytes.
+    # Tensors with the largest elements come first. Then each tensor begins at a multiple of the
+    # size of its elements, whatever the shapes. Those of Mistral 7B begin at multiples of 64 bytes.
     by_size = sorted(tensors, key=lambda name: -tensors[name].itemsize)
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
@@ -177,7 +179,7 @@ class Writer:
         self._file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor to its place in the file. It must be contiguous and on the CPU."""
+        """Writes a tensor to its place in the file. The tensor must be contiguous, on the CPU."""
         self._file.seek(self._data_start + self._header[name]["data_offsets"][0])
         self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 

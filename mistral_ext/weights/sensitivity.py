@@ -1,17 +1,19 @@
 """Measures how much a model loses if a matrix is rounded to 4 bits. The result decides which
 matrices get 8 bits.
 
-A change D of a matrix makes the distributions of the next token diverge. To second order their mean
-divergence (KL) is half of the mean of (g . D x)^2. Here x is the input of the matrix at a token,
-and g is the gradient, with respect to the output there, of the log-likelihood of tokens that are
-drawn from the model (Fisher information; SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, uses its
-diagonal). Errors at different tokens are treated as independent. On SmolLM2 this makes wk appear
-1.3 times and wv 0.6 times as sensitive as they are. But choices from the sums of errors are no
-better.
+A change D of a matrix changes the distribution of each next token. To second order the mean KL
+divergence of the new distributions from the old ones is half of the mean, over all tokens, of
+(g . D x)^2. Here x is the input of the matrix at a token, and g is the gradient of a log-likelihood
+with respect to the output of the matrix at this token. The log-likelihood is that of tokens that
+are drawn from the model (Fisher information; SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, uses
+its diagonal).
 
-A sequence is run through the model, and the gradient back, one layer at a time in float32. This
-takes about the memory of one layer, of the output matrix, and of the hidden states before each
-layer.
+Errors at different tokens are treated as independent. On SmolLM2 this makes wk appear 1.3 times and
+wv 0.6 times as sensitive as they are. But sums of the errors over the tokens, taken before they are
+squared, lead to no better choices.
+
+A sequence is run through the model, and the gradient back, one layer at a time in float32. The
+memory holds one layer, the output matrix, and the hidden states before each layer.
 """
 
 from __future__ import annotations
@@ -39,19 +41,20 @@ from mistral_ext.weights.kept import (
 from mistral_ext.weights.quantize import Quantization, expect_finite
 from mistral_ext.weights.whole_layer import LayerRunner, embed
 
-_TOKENS = 512  # more tokens make no better choice
+_TOKENS = 512  # the number of tokens that are run; more tokens lead to no better choice
 _SEED = 0
 _SMALL = Quantization.from_bits(4)
 
 
 def random_tokens(vocab_size: int) -> list[int]:
-    """Random tokens for a model without a text. The choice is nearly as good with them."""
+    """Random tokens, for use if there is no text. The choice of matrices is nearly as good with
+    them."""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(vocab_size, (_TOKENS,), generator=generator).tolist()
 
 
 class Sensitivities:
-    """Measures the matrices of a model's layers.
+    """Measures how much a model loses if matrices of its layers are rounded to 4 bits.
 
     Args:
         read: a function that returns a weight by Mistral's name, not quantised.
@@ -62,15 +65,15 @@ class Sensitivities:
         self._read_weight, self._config, self._runner = read, config, LayerRunner(config)
 
     def measure(self, token_ids: Sequence[int], progress: bool = True) -> dict[str, float]:
-        """The loss by 4 bits in each matrix, in nats per token, by Mistral's names.
+        """The loss by 4 bits in each matrix (KL divergence in nats per token), by Mistral's names.
 
         Args:
             token_ids: the tokens of a text. The first 512 are used.
             progress: show a progress bar if stderr is a terminal.
 
         Raises:
-            ValueError: a token is not in the vocabulary, or a weight is NaN, infinite or too large
-                for the scales.
+            ValueError: there is no token, a token is not in the vocabulary, or a weight is NaN,
+                infinite or too large for the scales.
         """
         n_layers, found = self._config.n_layers, dict[str, float]()
         with tqdm(
@@ -95,16 +98,19 @@ class Sensitivities:
     def measure_once(
         self, token_ids: Sequence[int], kept: Path, progress: bool = True
     ) -> dict[str, float]:
-        """Does `measure`, and keeps the result in a folder. Later calls read it from there.
+        """Does the same as `measure`, and keeps the result in a folder. Later calls read the result
+        from there.
 
         Args:
+            token_ids, progress: as in `measure`.
             kept: the folder. It is made if it does not exist.
 
         Raises:
             ValueError: as in `measure`, or the folder belongs to another text or model, or is
                 damaged.
         """
-        embed(token_ids, self._read("tok_embeddings.weight"))  # checks all tokens, not only 512
+        # `measure` would check only the first 512 tokens.
+        embed(token_ids, self._read("tok_embeddings.weight"))
         weights = hash_of_weights(map(self._unchecked, tensor_shapes(self._config)))
         identity = f"{hash_of_text(token_ids)} {weights} {self._config}"
         file = kept / SENSITIVITIES
@@ -127,8 +133,9 @@ class Sensitivities:
         return gradient
 
     def _back(self, index: int, h: Tensor, gradient: Tensor, found: dict[str, float]) -> Tensor:
-        """Takes the gradient with respect to the states after a layer, and returns the gradient
-        with respect to the states before it. Adds the loss in the layer's matrices to `found`."""
+        """Takes the gradient with respect to the hidden states after a layer, and returns the
+        gradient with respect to the states `h` before it. Adds the loss by 4 bits in each matrix of
+        the layer to `found`."""
         layer = self._layer(index)
 
         def measure(name: str, x: Tensor, of_output: Tensor) -> None:
@@ -149,7 +156,7 @@ class Sensitivities:
         return before
 
     def _layer(self, index: int) -> dict[str, Tensor]:
-        """The weights of a layer by their names in it."""
+        """The weights of a layer, by their names in the layer."""
         prefix = f"layers.{index}."
         names = (name for name in tensor_shapes(self._config) if name.startswith(prefix))
         return {name.removeprefix(prefix): self._read(name) for name in names}

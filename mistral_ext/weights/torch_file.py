@@ -1,7 +1,8 @@
 """Reads files that torch.save wrote, which must hold a flat dict of tensors.
 
-A file is usually a zip archive, which is mapped into memory. Before torch 1.6, or on request, it is
-a pickle followed by the data. torch can read such a file only as a whole.
+A file is usually a zip archive, which is mapped into memory. A file that was written before torch
+1.6, or in that format on request, is a pickle followed by the data. torch can read such a file only
+as a whole.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
     """The tensors of a file. Code in the file is not run.
 
     Raises:
-        ValueError: the file is damaged, holds something else, or holds only a part of the weights.
-            The message names the file.
+        ValueError: the file is damaged, holds something else than a dict of tensors, or is one of
+            several files among which the weights are split (model parallelism). The message names
+            the file or its folder.
     """
     if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
         parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))

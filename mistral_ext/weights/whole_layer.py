@@ -1,4 +1,5 @@
-"""Runs a layer in float32 over a whole sequence, and shows the inputs of its products."""
+"""Runs a layer in float32 over a whole sequence. The caller gives a function that multiplies by the
+layer's matrices, so the caller sees the inputs of each matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from mistral_ext import ops
 from mistral_ext.model import rope
 from mistral_ext.model.config import MistralConfig
 
-SEQUENCE = 1024  # the number of tokens that see each other
+# Calibration splits a text into sequences of so many tokens. Attention does not cross sequences.
+SEQUENCE = 1024
 
 # A function that computes the product [T, N] of an input [T, K] with the matrix of a name such as
 # "attention.wq".
@@ -58,8 +60,8 @@ class LayerRunner:
         Args:
             layer: float32 weights by their names in the layer. This function uses only the norms.
             h: [T, E] float32, the hidden states of a sequence before the layer.
-            product: computes the products. They come in the order of `checkpoint.tensor_shapes`,
-                but w2 comes last.
+            product: a function that computes the products. It is called for the matrices in the
+                order of `checkpoint.tensor_shapes`, except that w2 comes last.
         """
         x = self.normed(h, layer["attention_norm.weight"])
         h = h + product(self.attended(x, product), "attention.wo")
@@ -75,7 +77,7 @@ class LayerRunner:
         return (h.square().mean(1) + self._config.norm_eps).sqrt()
 
     def attended(self, x: Tensor, product: Product) -> Tensor:
-        """The input [T, H * D] of wo, from the input [T, E] of wq, wk and wv, which is that of a
+        """The input [T, H * D] of wo, from the input [T, E] of wq, wk and wv. The T tokens are a
         sequence."""
         config = self._config
         sequences = torch.tensor([[0, len(x), 0, 0, len(x)]], device="cpu")

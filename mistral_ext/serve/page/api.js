@@ -1,4 +1,4 @@
-// The server's API.
+// Calls the server's API.
 
 const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed"];
 
@@ -21,7 +21,7 @@ export async function modelName(options) {
   return (await response.json()).data[0].id;
 }
 
-/** Yields {text}, {reason} and {usage} as they come. */
+/** Asks for a reply. Yields {text}, {reason} (why the reply ended) and {usage} as they come. */
 export async function* reply(messages, options, signal) {
   const system = options.system ? [{ role: "system", content: options.system }] : [];
   const body = {
@@ -48,7 +48,7 @@ export async function* reply(messages, options, signal) {
   }
 }
 
-/** The JSON objects of a stream of server-sent events. */
+/** Yields the JSON objects of a stream of server-sent events. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
@@ -59,7 +59,7 @@ async function* events(stream) {
     held = parts.pop();
     for (const part of parts) {
       if (part === "data: [DONE]") return;
-      if (part.startsWith("data: ")) yield JSON.parse(part.slice(6)); // others are comments
+      if (part.startsWith("data: ")) yield JSON.parse(part.slice(6)); // other parts are comments
     }
   }
 }

@@ -29,7 +29,7 @@ function button(text, onclick, label = text, name = "") {
   return make("button", { type: "button", onclick, "aria-label": label, class: name }, text);
 }
 
-/** Tells those who listen to the page. */
+/** Tells a text to those who use a screen reader. */
 function say(text) {
   $("status").textContent = text;
 }
@@ -114,7 +114,7 @@ function fillTools(tools, message, index, element) {
   if (message.error) tools.append(make("span", { class: "error" }, message.error));
 }
 
-/** Puts a message into a field; what follows it is dropped when it is sent again. */
+/** Puts a message into a field. When it is sent again, all messages after it are dropped. */
 function edit(message, index, element) {
   const field = make("textarea", { "aria-label": "Edit the message", rows: "3" });
   field.value = message.content;
@@ -137,7 +137,7 @@ function edit(message, index, element) {
 
 // Replies
 
-/** Asks for the message at an index; those from there on are dropped. */
+/** Asks for a reply, which becomes the message at an index. Drops all messages from there on. */
 async function answer(index) {
   running?.abort();
   const conversation = current;
@@ -267,9 +267,9 @@ $("options").addEventListener("close", () => {
   store.saveOptions(options);
   showModel();
 });
-addEventListener("pagehide", () => running && save(current)); // as far as the reply came
+addEventListener("pagehide", () => running && save(current)); // with the reply so far
 addEventListener("storage", () => {
-  // Another tab has changed something: the conversation that is open here stays as it is here.
+  // Another tab has stored something. The conversation that is open here stays as this tab has it.
   const others = store.loadConversations();
   conversations = others.map((other) => (other.id === current.id ? current : other));
   showConversations();

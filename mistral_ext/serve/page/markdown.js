@@ -1,6 +1,6 @@
-// Markdown to elements. Text of a model becomes text nodes only, never HTML.
+// Turns Markdown into elements. Text of a model becomes text nodes, not HTML, so it cannot run.
 
-/** Fills an element with what a text shows. */
+/** Replaces the children of an element by those that a Markdown text describes. */
 export function render(element, text) {
   element.replaceChildren(...blocks(text.split("\n")));
 }
@@ -28,14 +28,14 @@ function blocks(lines) {
   return made;
 }
 
-/** The block that begins at a line, and the line after it. */
+/** Returns the block that begins at line i (null: the line is empty), and the next line's index. */
 function blockAt(lines, i) {
   const line = lines[i];
   if (!line.trim()) return [null, i + 1];
   if (FENCE.test(line)) return codeAt(lines, i);
   const heading = HEADING.exec(line);
   if (heading) {
-    // The page has h1 and h2.
+    // The page itself uses h1 and h2, so headings of a text begin with h3.
     return [make(`h${Math.min(heading[1].length + 2, 6)}`, ...inline(heading[2])), i + 1];
   }
   if (RULE.test(line)) return [make("hr"), i + 1];
@@ -142,7 +142,7 @@ function span({ code, label, address, bare, bold, slanted, gone, escaped }) {
 
 function link(address, children) {
   const element = make("a", ...children);
-  element.href = address; // begins with http: or https:
+  element.href = address; // safe, because INLINE lets only http: and https: through
   element.rel = "noopener noreferrer nofollow";
   element.target = "_blank";
   return element;

@@ -1,4 +1,4 @@
-// Conversations and options, kept in the browser.
+// Stores conversations and options in the browser.
 
 const CONVERSATIONS = "mistral_ext.conversations";
 const OPTIONS = "mistral_ext.options";
@@ -8,11 +8,11 @@ function read(storage, name, otherwise) {
   try {
     return JSON.parse(storage.getItem(name)) ?? otherwise;
   } catch {
-    return otherwise; // not allowed, or not ours
+    return otherwise; // the browser forbids storage, or the value is not JSON
   }
 }
 
-/** Whether it was kept: a browser may forbid it, or have no room. */
+/** Stores a value. Returns false if the browser forbids that, or has no room. */
 function write(storage, name, value) {
   try {
     storage.setItem(name, JSON.stringify(value));
@@ -22,15 +22,15 @@ function write(storage, name, value) {
   }
 }
 
-/** [{id, messages: [{role, content, note}]}], the newest first. */
+/** Returns [{id, messages: [{role, content, note}]}], the newest conversation first. */
 export function loadConversations() {
   const found = read(localStorage, CONVERSATIONS, []);
   return Array.isArray(found) ? found.filter((c) => c?.id && Array.isArray(c.messages)) : [];
 }
 
 /**
- * Keeps one conversation, and leaves the others to the tabs that have them.
- * Returns whether there was room.
+ * Stores one conversation. Other conversations stay as they are stored, because another tab
+ * may have changed them. Returns false if the conversation could not be stored.
  */
 export function saveConversation(conversation) {
   if (!conversation.messages.length) return true;
@@ -50,7 +50,7 @@ export function loadOptions() {
   return { ...read(localStorage, OPTIONS, {}), api_key: read(sessionStorage, KEY, "") };
 }
 
-/** The key lasts as long as the tab. */
+/** Stores the options. The API key is kept only as long as the tab is open. */
 export function saveOptions({ api_key: key, ...others }) {
   write(sessionStorage, KEY, key ?? "");
   write(localStorage, OPTIONS, others);
