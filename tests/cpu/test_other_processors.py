@@ -1,5 +1,5 @@
-"""The kernels of every instruction set against the scalar kernels (tests/isas): the sets of x86 that
-this processor runs, AVX-VNNI with its instructions emulated elsewhere, and aarch64 in qemu."""
+"""The kernels of every instruction set against the scalar kernels (tests/isas): the sets of x86
+that this processor runs, AVX-VNNI with its instructions emulated elsewhere, and aarch64 in qemu."""
 
 from __future__ import annotations
 
