@@ -1,6 +1,8 @@
 // The facts about this processor that kernels depend on.
 #pragma once
 
+#include <cstdint>
+
 #include "isa.h"
 
 namespace mistral::cpu {
@@ -14,5 +16,8 @@ bool processor_has(Isa isa);
 // reads weights twice as fast through L2. An AMD core is as fast through L1, and then weights do
 // not push other data out of L2.
 extern const bool kFetchesIntoL2;
+
+// The bytes of a core's L1 data cache.
+extern const int64_t kL1Bytes;
 
 }  // namespace mistral::cpu
