@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "call.h"
 #include "device.h"
 #include "ops.h"
 #include "tensor.h"
@@ -55,13 +56,11 @@ void check_rows(const SampleParams& p, int64_t table_rows) {
   }
 }
 
-void sample(py::object logits_, py::object rows_, py::object options_, py::object noise_,
-            py::object history_, py::object bias_, py::object keys_, py::object weights_,
-            py::object out_, ExecutionTarget target) {
+Call sample(py::object logits_, py::object rows_, py::object options_, py::object noise_,
+            py::object history_, py::object bias_, py::object out_) {
   const Table logits(op, "logits", logits_, "float32"), rows(op, "rows", rows_);
   const Table options(op, "options", options_, "float64"), noise(op, "noise", noise_);
-  const Table history(op, "history", history_, "int32"), keys(op, "keys", keys_, "int32");
-  const Table weights(op, "weights", weights_), out(op, "out", out_);
+  const Table history(op, "history", history_, "int32"), out(op, "out", out_);
   logits.expect_shape({-1, -1});
   logits.expect_last_axis_contiguous();
   const int64_t vocab_size = logits.size(1);
@@ -92,22 +91,25 @@ void sample(py::object logits_, py::object rows_, py::object options_, py::objec
     p.bias = static_cast<const float*>(bias.data());
   }
   p.token_ids = static_cast<int64_t*>(out.data());
-  p.keys = static_cast<uint32_t*>(keys.data());
-  p.weights = static_cast<uint64_t*>(weights.data());
   p.num_rows = logits.size(0);
   p.vocab_size = vocab_size;
   p.stride_logits_row = logits.stride(0);
   // Tables in GPU memory are not read back, because every call would then wait.
   if (!logits.is_cuda()) check_rows(p, options.size(0));
-  run(logits, target, p, MISTRAL_KERNELS(sample));
+  const int64_t elements = p.num_rows * vocab_size;  // of each of the two scratch arrays
+  return {elements * int64_t{sizeof *p.weights + sizeof *p.keys}, 0,
+          [logits, p, elements](void* workspace, int32_t*, ExecutionTarget target) mutable {
+            p.weights = static_cast<uint64_t*>(workspace);
+            p.keys = reinterpret_cast<uint32_t*>(p.weights + elements);
+            run(logits, target, p, MISTRAL_KERNELS(sample));
+          }};
 }
 
 }  // namespace
 
 void bind_sample(py::module_& m) {
   m.def("sample", &sample, py::arg("logits"), py::arg("rows"), py::arg("options"), py::arg("noise"),
-        py::arg("history"), py::arg("bias").none(true), py::arg("keys"), py::arg("weights"),
-        py::arg("out"), py::arg("target"));
+        py::arg("history"), py::arg("bias").none(true), py::arg("out"));
   m.def(
       "philox",
       [](std::array<uint64_t, 2> key, std::array<uint64_t, 4> counter) {

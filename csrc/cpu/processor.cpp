@@ -1,16 +1,30 @@
 #include "processor.h"
 
+#include <unistd.h>
+
 #if defined(MISTRAL_X86)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #elif defined(MISTRAL_AARCH64) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 namespace mistral::cpu {
+namespace {
+
+int64_t l1_bytes() {
+  long bytes = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : 32 << 10;  // where the system does not know it: a common size
+}
+
+}  // namespace
+
+const int64_t kL1Bytes = l1_bytes();
 
 #if defined(MISTRAL_X86)
 namespace {

@@ -1,6 +1,8 @@
 // The facts about this processor that kernels depend on.
 #pragma once
 
+#include <cstdint>
+
 #include "isa.h"
 
 namespace mistral::cpu {
@@ -15,5 +17,8 @@ bool processor_has(Isa isa);
 // through L1 alone. Then weights, which are used only once in a pass, do not push other data out of
 // its L2.
 extern const bool kFetchesIntoL2;
+
+// The bytes of a core's L1 data cache.
+extern const int64_t kL1Bytes;
 
 }  // namespace mistral::cpu

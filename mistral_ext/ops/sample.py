@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.library import fake_empty, register
-from mistral_ext.ops.workspace import execution_target
+from mistral_ext.ops.workspace import run
 
 
 def sample(
@@ -71,11 +71,7 @@ def _run(
     bias: Tensor | None = None,
 ) -> Tensor:
     out = rows.new_empty(rows.shape)
-    keys = logits.new_empty(logits.shape, dtype=torch.int32)
-    weights = logits.new_empty(logits.shape, dtype=torch.int64)
-    _C.sample(
-        logits, rows, options, noise, history, bias, keys, weights, out, execution_target(logits)
-    )
+    run(_C.sample(logits, rows, options, noise, history, bias, out), logits)
     return out
 
 

@@ -39,9 +39,9 @@ GREEDY_SAMPLE = """
 import torch
 options = torch.tensor([[0, 0, 1, 0, 1, 0, 0]] * 2, dtype=torch.float64)
 noise, history = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int32)
-keys, weights = torch.zeros(2, 9, dtype=torch.int32), torch.zeros(2, 9, dtype=torch.int64)
-rows = torch.arange(2)
-_C.sample(torch.ones(2, 9), rows, options, noise, history, None, keys, weights, rows.clone(), 2)
+rows, memory = torch.arange(2), torch.zeros(1024, dtype=torch.uint8)
+call = _C.sample(torch.ones(2, 9), rows, options, noise, history, None, rows.clone())
+call.run(memory.data_ptr(), 0, 2)
 """
 
 

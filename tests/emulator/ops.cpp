@@ -64,6 +64,12 @@ void add_scratch(const LinearParams& p) {
   const auto bytes = static_cast<size_t>(cuda::linear_scratch_bytes(p));
   if (bytes > 0) emulator::allocations().add(p.scratch, bytes, "scratch");
 }
+void add_scratch(const SampleParams& p) {
+  const auto elements = static_cast<size_t>(p.num_rows * p.vocab_size);
+  if (elements == 0) return;
+  emulator::allocations().add(p.keys, elements * sizeof *p.keys, "keys");
+  emulator::allocations().add(p.weights, elements * sizeof *p.weights, "weights");
+}
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // Products with weights of every format, few and many tokens, and their gradient.
 #include <cstring>
+#include <numeric>
 
 #include "weights.h"
 
@@ -63,28 +64,100 @@ Floats multiply(Data& data, const Call& call, const std::vector<typename Data::T
   return widened(out);
 }
 
+// A weight's values [rows, inputs] in fp32.
+template <class T>
+Floats dequantized(const Weight<T>& weight, int64_t inputs) {
+  std::vector<int64_t> ids(static_cast<size_t>(weight.part.rows));
+  std::iota(ids.begin(), ids.end(), 0);
+  Floats out(ids.size() * static_cast<size_t>(inputs));
+  EmbeddingParams p{DType::f32, ids.data(), weight.part, out.data(), weight.part.rows, inputs};
+  use(kScalar);
+  cpu::embedding(p, 1);
+  return out;
+}
+
+// The result of `multiply` with the same arguments, computed in doubles. `data` holds floats, so
+// that no result is rounded to a smaller dtype.
+template <class Data>
+Floats multiply_in_doubles(Data& data, const Call& call, const Floats& x) {
+  const bool swiglu = call.epilogue == Epilogue::swiglu;
+  const auto first = random_weight(data, call.format, call.rows, call.inputs, call.group);
+  const auto second = random_weight(data, call.format, call.rows, call.inputs, call.group);
+  Floats weights = dequantized(first, call.inputs);
+  const Floats more = dequantized(second, call.inputs);
+  weights.insert(weights.end(), more.begin(), more.end());
+  const Floats norm = data.normal(call.inputs), added = data.floats(call.tokens * 2 * call.rows);
+  const auto rows = static_cast<size_t>(2 * call.rows), inputs = static_cast<size_t>(call.inputs);
+  const size_t outputs = swiglu ? rows / 2 : rows;
+  Floats out = data.normal(call.tokens * static_cast<int64_t>(outputs));
+  for (size_t token = 0; token < static_cast<size_t>(call.tokens); ++token) {
+    std::vector<double> input(x.begin() + long(token * inputs),
+                              x.begin() + long((token + 1) * inputs));
+    if (call.norm) {
+      double squares = 0;
+      for (double value : input) squares += value * value;
+      const double scale = 1 / std::sqrt(squares / double(inputs) + double(1e-5f));
+      for (size_t k = 0; k < inputs; ++k) input[k] *= scale * double(norm[k]);
+    }
+    std::vector<double> product(rows, 0.0);
+    for (size_t row = 0; row < rows; ++row) {
+      for (size_t k = 0; k < inputs; ++k) {
+        product[row] += input[k] * double(weights[row * inputs + k]);
+      }
+      if (call.norm && call.epilogue != Epilogue::add) {
+        product[row] += double(added[token * rows + row]);
+      }
+    }
+    for (size_t i = 0; i < outputs; ++i) {
+      float& result = out[token * outputs + i];
+      const double before = call.epilogue == Epilogue::add ? double(result) : 0.0;
+      const double gate = product[i];
+      result = float(swiglu ? gate / (1 + std::exp(-gate)) * product[i + outputs] : before + gate);
+    }
+  }
+  return out;
+}
+
+template <class T>
+void compare_product(const Set& set, const std::string& label, const Call& call,
+                     const std::vector<T>& x) {
+  const auto seed = static_cast<uint64_t>(call.tokens) + 1;
+  use(set);
+  Data<T, T> data(seed), same(seed);
+  const Floats actual = multiply(data, call, x);
+  use(kScalar);
+  const Floats plain = multiply(same, call, x);
+  Data<T, float> in_floats(seed);
+  const Floats exact = multiply_in_doubles(in_floats, call, widened(x));
+  expect_close<T>(label, actual, plain, exact);
+  // A wrong `exact` would allow any error. In fp32, the scalar kernel must agree with it up to the
+  // errors of a sum of K products.
+  if (std::is_same_v<T, float>) {
+    const float limit = 0x1p-23f * float(call.inputs + 8) * largest(exact);
+    const bool agrees = largest_error(plain, exact) <= limit;
+    report(label + ", reference", agrees, "the scalar kernel and the doubles differ");
+  }
+}
+
 template <class T>
 void compare_exact(const Set& set, const std::string& dtype, const Call& call) {
-  compare<T>(set, label_of(call, dtype), uint64_t(call.tokens), [&](auto data) {
-    // Small enough that SwiGLU does not make one output many times as large as the others.
-    const float scale = call.epilogue == Epilogue::swiglu ? 2 / std::sqrt(float(call.inputs)) : 1;
-    const auto x = data.normal(call.tokens * call.inputs, scale);
-    return std::vector<Floats>{multiply(data, call, x)};
-  });
+  // Small enough that SwiGLU does not make one output many times as large as the others.
+  const float scale = call.epilogue == Epilogue::swiglu ? 2 / std::sqrt(float(call.inputs)) : 1;
+  const auto x =
+      Data<T, T>(static_cast<uint64_t>(call.tokens)).normal(call.tokens * call.inputs, scale);
+  compare_product<T>(set, label_of(call, dtype), call, x);
 }
 
 // Activations whose largest is just below a power of two. Those next to it in 16-bit integers have
 // high bytes that do not fit.
 template <class T>
 void compare_largest(const Set& set, const std::string& dtype, const Call& call) {
-  compare<T>(set, label_of(call, dtype) + ", largest", 6, [&](auto data) {
-    auto x = data.normal(call.tokens * call.inputs);
-    for (int64_t token = 0; token < call.tokens; ++token) {
-      const float largest = token % 2 ? 3.984375f : -3.984375f;  // all bits of bf16
-      x[static_cast<size_t>(token * call.inputs + 5)] = data.convert(largest);
-    }
-    return std::vector<Floats>{multiply(data, call, x)};
-  });
+  auto x = Data<T, T>(6).normal(call.tokens * call.inputs);
+  for (int64_t token = 0; token < call.tokens; ++token) {
+    const float largest = token % 2 ? 3.984375f : -3.984375f;  // all bits of bf16
+    x[static_cast<size_t>(token * call.inputs + 5)] = Data<T, T>::convert(largest);
+  }
+  compare_product<T>(set, label_of(call, dtype) + ", largest", call, x);
 }
 
 // Each block of 32 in integers of a 127th of its largest magnitude.
@@ -110,12 +183,14 @@ void compare_rounded(const Set& set, const std::string& dtype, Call call) {
   Data<T, T> data(seed);
   const auto x = data.normal(call.tokens * call.inputs);
   const Floats actual = multiply(data, call, x);
+  const Floats rounded = rounded_to_bytes(widened(x));
+  Data<T, float> same(seed), again(seed);
+  same.normal(call.tokens * call.inputs);  // draws the numbers of x, so that the weights follow
+  again.normal(call.tokens * call.inputs);
   use(kScalar);
-  Data<T, float> same(seed);
-  same.normal(call.tokens * call.inputs);
-  const Floats exact = multiply(same, call, rounded_to_bytes(widened(x)));
-  Floats plain = exact;
+  Floats plain = multiply(same, call, rounded);
   for (float& value : plain) value = rounded_to<T>(value);
+  const Floats exact = multiply_in_doubles(again, call, rounded);
   expect_close<T>(label_of(call, dtype), actual, plain, exact);
 }
 

@@ -1,8 +1,8 @@
 // The product of few tokens with rows of a weight. The rows are read from memory once: a group of
 // rows is multiplied by all tokens before the next group, while it is in the cache. Meanwhile the
 // next weights are prefetched. With one token, weights are prefetched in the order of addresses, in
-// which memory is fastest. With several tokens, they are prefetched in the order in which blocks
-// are multiplied.
+// which memory is fastest. With several tokens, they are prefetched in the order in which rows, or
+// blocks of rows, are multiplied.
 //
 // The additions behind an output, and their order, do not depend on the number of tokens. So a
 // token gets the same bits alone as together with others, up to kGemvTokens tokens.
@@ -66,6 +66,24 @@ constexpr int kChains = 2;
 // chunks share the instructions of the loop and those that load scales.
 template <class Chunk>
 constexpr int kTogether = kChains;
+
+// Whether one whole row after another is multiplied by all tokens, if the activations of the tokens
+// fit the L1 cache. Then memory is read as a single stream, which is faster than rows in blocks. This
+// pays for weights that take longer to come from memory than to multiply.
+template <class Chunk>
+constexpr bool kTakesWholeRows = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kTakesWholeRows<PlainChunk<Bf16, bf16>> = true;
+#endif
+// The distance of the prefetch in multiply_whole_rows, in bytes. The distance is not a multiple of
+// 4096, so weights that are multiplied and weights that arrive lie in different sets of L1.
+constexpr int64_t kRowAheadBytes = 6144;
+// Whether the packed activations of N tokens leave a third of the L1 cache for weights.
+template <class Chunk>
+bool fit_l1(int64_t tokens, int64_t inputs) {
+  return 3 * tokens * padded(inputs) * kPackedBytes<Chunk> <= 2 * kL1Bytes;
+}
 
 // Prefetches `bytes` bytes. Locality 3 is into L1 and all other caches, 2 into all caches but L1, 0
 // into L1 alone.
@@ -260,8 +278,21 @@ void multiply_one(const WeightRows& w, const typename Chunk::Arithmetic::Element
   product.finish(w, x, 0, out, 0);
 }
 
-// out[n * stride_out + r] = the product of row r and token n, for `count` rows, at most kGroupRows,
-// and N tokens.
+// out[n * stride_out + r] = the product of row r and token n, for `count` rows and N tokens.
+template <class Chunk, int N>
+void multiply_whole_rows(const WeightRows& w, int64_t count,
+                         const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,
+                         int64_t stride_out) {
+  for (int64_t row = 0; row < count; ++row) {
+    const WeightRows one = w.from(row);
+    Product<Chunk, 1, N> product;
+    product.start(x, stride_x);
+    product.add(one, x, stride_x, 0, w.inputs, one.values + kRowAheadBytes);
+    product.finish(one, x, stride_x, out + row, stride_out);
+  }
+}
+
+// The same, for at most kGroupRows rows.
 template <class Chunk, int N>
 void multiply_group(const WeightRows& w, int64_t count,
                     const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,
@@ -276,6 +307,9 @@ void multiply_group(const WeightRows& w, int64_t count,
     }
     for (; row < count; ++row) multiply_one<Chunk, 1>(w.from(row), x, out + row);
   } else {
+    if (kTakesWholeRows<Chunk> && fit_l1<Chunk>(N, w.inputs)) {
+      return multiply_whole_rows<Chunk, N>(w, count, x, stride_x, out, stride_out);
+    }
     fetch_next_scales<Chunk>(w, count);
     Product<Chunk, R, N> products[kGroupRows / R];
     Product<Chunk, 1, N> last;
