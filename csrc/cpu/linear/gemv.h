@@ -68,8 +68,8 @@ template <class Chunk>
 constexpr int kTogether = kChains;
 
 // Whether one whole row after another is multiplied by all tokens, if the activations of the tokens
-// fit the L1 cache. Then memory is read as a single stream, which is faster than rows in blocks. This
-// pays for weights that take longer to come from memory than to multiply.
+// fit the L1 cache. Then memory is read as a single stream, which is faster than rows in blocks.
+// This pays for weights that take longer to come from memory than to multiply.
 template <class Chunk>
 constexpr bool kTakesWholeRows = false;
 #if defined(__AVX512BF16__)
