@@ -1,5 +1,6 @@
 # The source files of csrc/ and python/. Three builds use these lists: the extension, the emulator
-# of CUDA (tests/emulator) and the emulator of AMX (tests/amx).
+# of CUDA (tests/emulator) and the comparison of instruction sets (tests/isas). The emulator of AMX
+# (tests/amx) names its sources itself.
 get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
 
 # Kernels for the CPU. Each file is compiled once per instruction set, each time in another

@@ -27,8 +27,9 @@ def attention(
 
     The query at position p attends to positions p - W + 1 to p. The keys and values of the new
     tokens are in k and v, those of earlier positions are in the ring of the sequence. Query head h
-    reads key/value head h * Hkv // Hq. At the end the op appends to the rings the new tokens that
-    `rope` did not append.
+    reads key/value head h * Hkv // Hq. `rope` comes first, and appends the new tokens to the rings.
+    It leaves out a token if a query of this call may still read the older token in its slot. At the
+    end this op appends such tokens.
 
     Without pools the sequences are whole: each begins in this call, and the position, ring and
     capacity in the table are not used. Only without pools does the op have a gradient, for q, k and

@@ -72,9 +72,11 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   }
 }
 
-// Loads the further words that belong to a vector of words. Shifts each so that the bits lie as
-// they do for word 0 of a block. Then all lanes can be unpacked alike. `words` points to the words
-// of the super-block. `first` is the index of the first word of the vector among them.
+// For q5_k and q6_k: loads, for each word of a vector, the further word with the other bits of its
+// values (csrc/formats.h). A further word serves 4 words of a block in q5_k and 2 words in q6_k,
+// and the bits of each of these words lie at another place. They are shifted to where those of word
+// 0 lie, so that all lanes can be unpacked alike. `words` points to the words of the super-block,
+// which the further words follow. `first` is the index of the first word of the vector.
 template <WeightFormat format>
 MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
   uint32_t further[Vec::width];
