@@ -6,8 +6,9 @@
 // own chunk, up to the query itself. The kernels accumulate softmax(scale * q k^T) v online in fp32
 // (Milakov and Gimelshein 2018, arXiv:1805.02867).
 //
-// Before attention, `rope` has appended those tokens of the chunk whose slots no query of the chunk
-// still reads. At its end, attention appends the tokens for which `stored_after_attention` holds.
+// Before attention, `rope` has appended the tokens for which `stored_before_attention` (ring.h)
+// holds: no query of the chunk reads what they replace. At its end, attention appends the tokens
+// for which `stored_after_attention` holds.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -48,8 +49,9 @@ struct AttentionParams {
   // devices it has D + 4 floats per query row (kPartialRow in cuda/attention/merge.cuh).
   //   CPU: attention_scratch_bytes(p) bytes
   //   CUDA, decode with splits > 1: [S, Hkv, splits, 16, D + 4]
-  //   CUDA, prefill for sm_90a with prefill_splits > 1: [Hkv * tiles * 2, prefill_splits, 64, D +
-  //     4], in the same memory, because decode is then done; tiles is prefill_tiles(p) (rows.cuh)
+  //   CUDA, prefill for sm_90a with prefill_splits > 1: in the same memory, because decode is then
+  //     done, [Hkv * tiles * 2, prefill_splits, 64, D + 4] with tiles = prefill_tiles(p)
+  //     (cuda/attention/rows.cuh)
   float* partials;
 
   // CUDA only.

@@ -85,7 +85,7 @@ struct FormatInfo {
   const char* value_dtype;  // torch's name for an element of the values; null: the dtype of x
   const char* scale_dtype;  // null: there are no scales
   int64_t bits;             // bits of a value; 0: as many as the dtype of x has
-  int64_t element_bits;     // bits of an element of the array of values; 0: as the dtype of x has
+  int64_t element_bits;     // bits of an element of the array of values; 0: those of x's dtype
   int64_t scale_bytes;      // bytes of an element of the array of scales; 0: there are no scales
   int64_t group_scales;     // elements of the array of scales per group (int8: per row)
   // The sizes of the smallest and the largest group, both powers of two. They are 0 if the whole

@@ -1,4 +1,4 @@
-// Low-rank adapters of linear layers (Hu et al. 2021, arXiv:2106.09685). Each token has its own
+// Low-rank adapters of linear layers (Hu et al. 2021, arXiv:2106.09685). Each token uses one
 // adapter, or none.
 //
 //   hidden = scale * (x A^T)     in fp32

@@ -8,14 +8,13 @@
 //     row(head, position) = ring_row + head * C + position mod C
 //
 // The new tokens of a sequence in one call are its chunk. The sequence's earlier tokens are its
-// history.
-// A query at position p sees the positions (p - W, p]: itself and the W - 1 before it. So the
-// queries of a chunk read at most W - 1 tokens of history, and a ring of C = W slots is enough. A
-// sequence that never grows past C tokens needs no more than C slots, whatever the window.
+// history. A query at position p sees the positions (p - W, p]: itself and the W - 1 before it. So
+// the queries of a chunk read at most W - 1 tokens of history, and a ring of C = W slots is enough.
+// A sequence that never grows past C tokens needs no more than C slots, whatever the window.
 //
-// A chunk must not overwrite tokens that its queries still need. Token p takes the slot of token p
-// - C. If the first query of the chunk sees p - C, then p must wait until attention is done. So a
-// new token is
+// A chunk must not overwrite tokens that its queries still need. Token p replaces token p - C in
+// its slot. If the first query of the chunk sees p - C, then p must wait until attention is done.
+// So a new token is
 //   - never stored, if a later token of its own chunk takes the same slot;
 //   - stored before attention (by rope), if no query of the chunk sees the token that it replaces;
 //     this is so in every chunk of one token, and in every chunk that replaces nothing;

@@ -213,7 +213,7 @@ struct TopP {
 
 // ---- Noise
 
-constexpr int64_t kTokensPerBlock = 4;  // a Philox block has one word for each of so many tokens
+constexpr int64_t kTokensPerBlock = 4;  // tokens that share a Philox block, a word for each
 
 MISTRAL_HOST_DEVICE PhiloxBlock noise_block(const NoiseState& noise, int64_t block) {
   return philox({{noise.seed, noise.index}},

@@ -26,7 +26,7 @@ class Call {
   using Recheck = std::function<int64_t()>;
 
   // A call holds the addresses of its tensors but does not own the tensors, so they must outlive
-  // the call. `recheck` is null if the kernel takes any values.
+  // the call. `recheck` is null if the kernel takes any values, or if no Recording gets the call.
   Call(int64_t workspace_bytes, int64_t counters, Start start, Recheck recheck = nullptr)
       : workspace_bytes(workspace_bytes),
         counters(counters),

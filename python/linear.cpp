@@ -12,7 +12,7 @@ namespace mistral::python {
 namespace {
 
 // Prepares linear_rope. Sets the head dimension to that of the pool. Checks that each weight has
-// whole heads, and that key and value have as many.
+// whole heads, and that the value has as many as the key.
 void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});

@@ -29,7 +29,7 @@ int64_t rank_of(const LoraParams& p, int64_t adapter, int64_t part) {
   return p.ranks[adapter * p.num_parts + part];
 }
 
-// Calls f(token, count, adapter) for all tokens of a block that have an adapter. A call stands for
+// Calls f(token, count, adapter) for all tokens of a block that have an adapter. A call is for
 // `count` neighbouring tokens from `token` on, which have the same adapter. `count` is at most
 // kTileTokens.
 template <class F>

@@ -199,7 +199,8 @@ void repack_row(const RepackParams& p, int64_t row) {
   }
 }
 
-// A thread takes rows of at least this many values at a time, which takes some 10 us.
+// The rows that a thread takes at a time have at least this many values together, some 10 us of
+// work.
 constexpr int64_t kValuesAtOnce = int64_t{1} << 15;
 
 }  // namespace

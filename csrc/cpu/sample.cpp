@@ -36,8 +36,8 @@ Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, ui
 
 // Returns the lowest rank that passes the filter `top` (TopK or TopP of sample.h). Only the tokens
 // at or above the rank `threshold` take part. Their measures are summed from the highest rank down,
-// until the sum is enough. If all of them are not enough, the result is `threshold`. `measures` [V]
-// holds the measures of these tokens. If it is null, each measure is 1.
+// until the sum is enough. If it never is, the result is `threshold`. `measures` [V] holds the
+// measures of these tokens. If it is null, each measure is 1.
 //
 // The result is found digit by digit, from its highest digit on. For each digit, a histogram is
 // made of the ranks that begin with the digits found so far. A bin has the sum of the measures of

@@ -13,9 +13,9 @@ const char* name(Prefill prefill);
 std::vector<Prefill> built_prefills();  // the prefill kernels that this build has
 
 // The prefill kernel in use. Initially it is the kernel that the environment variable
-// MISTRAL_EXT_ATTENTION names. If the variable is not set, it is sm80, because sm90 has not run on
-// hardware yet. If this build does not have the named kernel, this function and `attention` throw
-// std::invalid_argument.
+// MISTRAL_EXT_ATTENTION names. If the variable is unset or empty, it is sm80, because sm90 has not
+// run on hardware yet. If this build does not have the named kernel, this function and `attention`
+// throw std::invalid_argument.
 Prefill active_prefill();
 
 // Changes the prefill kernel in use. Throws std::invalid_argument if this build does not have it.

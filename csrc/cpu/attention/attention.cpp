@@ -24,9 +24,9 @@ constexpr int64_t kSegment = 1024;  // the number of keys in a segment
 // How the work for one key/value head of a sequence is divided into tasks.
 struct Division {
   int64_t rows;      // the number of query rows
-  int64_t blocks;    // the number of blocks of rows, at most 1 with up to kFewRows rows
+  int64_t blocks;    // the number of blocks of rows; 1 for up to kFewRows rows, 0 for none
   int64_t segments;  // the number of segments of keys
-  int64_t partials;  // the number of floats for all results of segments; 0 if one segment
+  int64_t partials;  // the number of floats for partial results of all heads; 0 with one segment
 
   Division(const AttentionParams& p, const Sequence& s) {
     rows = s.count * (p.heads / p.kv_heads);

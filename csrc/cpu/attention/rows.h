@@ -42,10 +42,9 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
 
 // out = factor * out + weights * values, for kRowBlock rows and M vectors of columns, from column d
 // on. The weights are probabilities, and factor(r) is the factor of row r. weights(r, key) points
-// to the weights of row r for kNeighbours keys from `key` on. There `key` is a multiple of
-// kNeighbours. values(key, d, columns) loads M vectors of the values of kDepth keys. If `keys` is
-// no multiple of kNeighbours, weights and values must exist up to the next multiple, and these
-// weights must be 0.
+// to the weights of row r for kNeighbours keys from `key` on, a multiple of kNeighbours.
+// values(key, d, columns) loads M vectors of the values of kDepth keys. If `keys` is no multiple of
+// kNeighbours, weights and values must exist up to the next multiple, and these weights must be 0.
 //
 // The new products are summed on their own and added to `out` at the end. If thousands of keys were
 // added to `out` one by one, each addition would round this large number.

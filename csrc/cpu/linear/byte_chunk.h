@@ -65,7 +65,7 @@ struct ByteFormat {
   static constexpr bool kSixBitScales =
       format == WeightFormat::q4_k || format == WeightFormat::q5_k;
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
-  // A weight is its scale times its value, plus an offset that is stored with the scale.
+  // A weight is its scale times its value, plus an offset from a minimum or a zero point.
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
   static constexpr int kTokens = 1;  // the number of tokens that are packed together

@@ -19,8 +19,8 @@ struct ByteVectors : ByteFormat<format> {
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
   // Unpacks the values in the low (half = 0) or the high halves of the bytes of words. `further`
-  // has, for each word, the further word with its further bits. word_of(lane) is the index of the
-  // word of a lane in its block.
+  // has, in the lane of each word, the word that holds its further bits. word_of(lane) is the index
+  // of the word of a lane in its block.
   template <class WordOf>
   MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half,
                                      const WordOf& word_of) {

@@ -2,7 +2,7 @@
 //
 //   for each block of kBlockDepth values of k and kBlockRows rows
 //     unpack the block, whatever its format
-//     for each M vectors of tokens (kVectors)
+//     for each M vectors of tokens, at most kVectors
 //       for each R rows (rows(M)): multiply, with the R x M sums in registers
 //
 // With up to kFewTokens tokens, memory limits the speed. Then kFewRows rows are multiplied over all

@@ -30,21 +30,21 @@ template <class Chunk>
 constexpr int kTokensAtATime = 4;
 template <class A, class T>
 constexpr int kTokensAtATime<PlainChunk<A, T>> = Vec::width == 16 ? 8 : 4;
-// The number of rows that are multiplied at a time by N tokens. With one token it is one row, so
-// that memory delivers a single stream. So it is with two tokens on AVX-512. Otherwise it is two
-// rows, which share the loads of activations, if the registers hold all sums. AVX2 has 16
-// registers, so with three or four tokens it is one row. AVX-512 has 32, so with more than four
-// tokens it is one row.
+// The number of rows that are multiplied at a time by N tokens, unless kTakesWholeRows or
+// kPairsRows says otherwise. With one token it is one row, so that memory delivers a single stream.
+// With two tokens it is one row on AVX-512. Otherwise it is two rows, which share the loads of
+// activations, if the registers hold all sums. AVX2 has 16 registers, so with three or four tokens
+// it is one row. AVX-512 has 32, so with more than four tokens it is one row.
 template <class Chunk, int N>
 constexpr int kRowsAtATime =
     N == 1 || N > 4 || (Vec::width == 16 && N == 2) || (Vec::width == 8 && N > 2) ? 1 : 2;
 // The number of rows in a group.
 constexpr int kGroupRows = 8;
 // The number of values in a block of k, which is a range of the values of a row. With several
-// tokens, all rows of a group are multiplied in one block of k before the next block. The
-// activations of a block must fit the L1 cache beside the stream of weights: a load that misses L1
-// would wait behind the cache lines that come from memory. `value_bytes` is the size of a packed
-// activation.
+// tokens, all rows of a group are multiplied in one block of k before the next block, unless whole
+// rows are taken (kTakesWholeRows). The activations of a block must fit the L1 cache beside the
+// stream of weights: a load that misses L1 would wait behind the cache lines that come from memory.
+// `value_bytes` is the size of a packed activation.
 constexpr int64_t block_values(int tokens, int64_t value_bytes) {
   constexpr int64_t kActivationBytes = 1 << 14;
   int64_t values = 4096;
@@ -79,7 +79,7 @@ constexpr bool kTakesWholeRows<PlainChunk<Bf16, bf16>> = true;
 // The distance of the prefetch in multiply_whole_rows, in bytes. The distance is not a multiple of
 // 4096, so weights that are multiplied and weights that arrive lie in different sets of L1.
 constexpr int64_t kRowAheadBytes = 6144;
-// Whether the packed activations of N tokens leave a third of the L1 cache for weights.
+// Whether the packed activations of `tokens` tokens leave a third of the L1 cache for weights.
 template <class Chunk>
 bool fit_l1(int64_t tokens, int64_t inputs) {
   return 3 * tokens * padded(inputs) * kPackedBytes<Chunk> <= 2 * kL1Bytes;

@@ -15,8 +15,8 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 // The chunk of a format for products in 16-bit integers. kFastest<A> says whether these are faster
-// than A, the arithmetic that would multiply the activations otherwise. Formats without such a
-// chunk have this one, which has nothing else.
+// than A, the arithmetic that would multiply the activations otherwise. This template is for
+// formats without such a chunk, so here kFastest is false.
 template <WeightFormat format>
 struct Int16Chunk {
   template <class A>

@@ -187,7 +187,7 @@ struct WordScales {
   }
 
  private:
-  // Gives each lane the scale of its block. Lane at(block) of `scales` is the scale of a block.
+  // Gives each lane the scale of its block, which is in lane at(block) of `scales`.
   template <class At>
   MISTRAL_SIMD void spread(__m512 scales, const At& at) {
     for (int i = 0; i < 2; ++i) {

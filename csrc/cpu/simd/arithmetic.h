@@ -1,5 +1,5 @@
-// Activations are multiplied in one of two ways: in fp32, or in pairs of bf16 if the instruction
-// set has products of pairs.
+// Floats are multiplied in one of two ways: in fp32, or in pairs of bf16 if the instruction set has
+// products of pairs.
 //
 // Element is the type of the factors. Operand is a vector of elements. A lane of an operand holds
 // kDepth elements that are neighbours along the sum. An operand has kStep elements.

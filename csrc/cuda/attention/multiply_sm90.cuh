@@ -121,8 +121,8 @@ class Consumer {
       multiply(item, before, i);
       before += item.key_tiles;
     }
-    // Consumer 1 has passed one turn more than consumer 0 has awaited, the one before its loop.
-    // Takes this turn, so that no arrival is left pending at the barrier.
+    // Before its loop, consumer 1 passed a turn, so consumer 0 has one more to await. It awaits it
+    // here, so that no arrival is left pending at the barrier.
     if (number_ == 0) await_turn();
   }
 

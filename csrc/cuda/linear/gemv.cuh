@@ -149,9 +149,9 @@ __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
 }
 
 // Multiplies the operands of step `step` of a chunk, which is step i of its unit. `a` has the
-// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. If the
-// last values that share a Scaling are done, adds their scaled sums to `sums`. 2^steps_log2 steps
-// share a Scaling, unless W::kHalfSteps.
+// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. Where the
+// values that share a Scaling end, adds their scaled sums to `sums`. 2^steps_log2 steps share a
+// Scaling, unless W::kHalfSteps.
 template <class W, int kM, int kN>
 __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
                                               typename W::Scales (&scales)[kM][2],
