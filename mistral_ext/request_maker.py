@@ -60,7 +60,7 @@ class RequestMaker:
         tools: ToolUse | None = None,
         adapter: str | None = None,
     ) -> Request:
-        """Makes a request to the engine that completes a prompt.
+        """Makes a request to complete a prompt, for callers that step the engine themselves.
 
         Args:
             ids: the prompt, token ids of the model.

@@ -24,11 +24,11 @@ class Vocabulary(NamedTuple):
 
     @property
     def sampled(self) -> int:
-        """The number of ids that may be sampled. These are the ids below this number.
+        """The ids below this number may be sampled, except the tokenizer's `holes`.
 
-        Each has a row in the model's output matrix and, if there is a tokenizer, a token. A model
-        may have more rows than the tokenizer has tokens (padding), or fewer (if a padding token was
-        added without a row).
+        Each of them has a row in the model's output matrix and, if there is a tokenizer, a token. A
+        model may have more rows than the tokenizer has tokens (padding), or fewer (if a padding
+        token was added without a row).
         """
         size = self.config.vocab_size
         return min(self.tokenizer.vocab_size, size) if self.tokenizer else size

@@ -106,8 +106,9 @@ void read_all(const char* data, std::size_t bytes) {
   touch(any);
 }
 
-// The unit of arithmetic that is measured. `step` is one instruction. It does kOps operations, and
-// adds their results to a sum (a vector).
+// The unit of arithmetic that is measured. `step` is one instruction, which multiplies and adds
+// vectors and returns the next sum (a vector). kOps is the number of its multiplications and
+// additions. Steps with different sums do not depend on each other.
 struct Float32 {
   using Register = FloatVector;
   static constexpr double kOps = 2.0 * kVectorBytes / sizeof(float);

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def report(llm: Mistral, completion: Completion | None) -> None:
     """Prints the timing of a completion to stderr, and its log-probabilities if they were
-    requested. Prints nothing if the completion is None, because it was interrupted."""
+    requested. Prints nothing for None, which stands for an interrupted completion."""
     if completion is None:
         return
     print_timing(completion)

@@ -159,7 +159,7 @@ class DraftModel:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
             # Count all tokens as exact, generated ones too, so that other sequences may reuse all
-            # of them. Their keys may differ in last bits from exact ones, but guesses may be wrong.
+            # of them. Their keys may differ in the last bits, which at most makes guesses worse.
             self.prefixes.add(place.extent, sequence, exact=place.known)
 
     @contextmanager
@@ -183,9 +183,9 @@ class DraftModel:
         return [(token_id, float(of_all[i, token_id])) for i, token_id in enumerate(token_ids)]
 
     def _place(self, sequence: Sequence) -> _Place | None:
-        """Returns the place of a sequence. It is rewound to the last token that was guessed right,
-        and has room for the sequence's later tokens and for guesses. Returns None if there is no
-        room, or if guesses are not worth it (see `_enter`)."""
+        """Returns the place of a sequence. It is rewound to the last right token, and has room for
+        the sequence's later tokens and for guesses. Returns None if there is no room, or if guesses
+        are not worth it (see `_enter`)."""
         place = self._places.get(sequence) or self._enter(sequence)
         if place is None:
             return None

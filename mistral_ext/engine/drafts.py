@@ -2,7 +2,7 @@
 next token of a sequence also checks its drafts.
 
 A draft is accepted only if that pass chooses the same token. On the CPU a token gets the same bits
-in a pass of 1 row and of 8 rows, so drafts change only the speed of a text. On a GPU, the number of
+in all passes of 1 to 8 rows, so drafts change only the speed of a text. On a GPU, the number of
 rows decides how attention splits its sums. So with drafts another token may be chosen if two tokens
 are almost equally likely. A `Proposer` or a draft model proposes tokens. `Drafter` decides which of
 them are worth a row in a pass.
@@ -31,8 +31,8 @@ _T = TypeVar("_T")
 _log = logging.getLogger("mistral_ext")
 
 # The time that wrong drafts cost a sequence is counted in tokens that could have been generated in
-# it. A sequence may lose the first number of tokens, plus the second number as a share of its
-# completion. Beyond that it gets no more drafts.
+# it. A sequence may lose _ALLOWANCE tokens, plus _ALLOWED_SHARE of the length of its completion.
+# Beyond that it gets no more drafts.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
 # The most tokens to guess at a time without a draft model, by default. On a GPU, drafts may change

@@ -38,7 +38,7 @@ from mistral_ext.model.transformer import Transformer
 
 # The most prompt tokens in a pass while other sequences generate. On a GPU a pass over so many
 # tokens takes about as long as a decode step. On a CPU it may take a few times as long, so there
-# `Pace` adapts the number.
+# `Pace` adapts the number. It begins with this number, and never chooses a smaller one.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
 # The interval at which a thread that waits for the end of a step checks whether its work is done.

@@ -38,10 +38,10 @@ class GraphRunner(Runner):
 
     There is a graph for each number of tokens and each way to choose them, with and without biases,
     and with and without adapters. These make up the *kind* of a step. The second step of a kind
-    captures its graph. A graph is kept as long as the runner. A graph with adapters is dropped when
-    their stacks are allocated anew. If there were graphs only for some numbers of tokens, batches
-    would have to be padded, which would slow their steps. A capture takes about as long as one step
-    that Python launches.
+    captures its graph. A graph is kept as long as the runner, but graphs with adapters are dropped
+    when stacks of adapters are made, replaced or removed. If there were graphs only for some
+    numbers of tokens, batches would have to be padded, which would slow their steps. A capture
+    takes about as long as one step that Python launches.
 
     A graph treats a draft as a sequence of its own, which shares the ring of the sequence that it
     belongs to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its
@@ -97,7 +97,7 @@ class GraphRunner(Runner):
         return Verified(results.logits, results.token_ids() if greedy else None, is_usual)
 
     def _captured_step(self, size: int, choice: _Choice, adapters: Sequence[int]) -> _CapturedStep:
-        """Returns the step of a kind, which keeps its graph from step to step."""
+        """Returns the `_CapturedStep` of a kind. It keeps its graph for later steps."""
         if self._generation != self._model.adapters.generation:
             self._generation = self._model.adapters.generation
             for old in [kind for kind in self._captured if kind[-1]]:

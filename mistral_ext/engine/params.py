@@ -33,17 +33,18 @@ class SamplingParams:
     top_p: float = 1.0  # (0, 1]: keep the most likely tokens up to this sum of probabilities
     top_k: int = 0  # >= 0: keep the k most likely tokens; 0: all
     min_p: float = 0.0  # [0, 1]: keep tokens with at least this share of the highest probability
-    repetition_penalty: float = 1.0  # > 0: divides positive logits of tokens in prompt and
-    # completion, and multiplies negative ones
-    presence_penalty: float = 0.0  # [-2, 2]: subtracted from the logits of tokens that the
-    # completion has
-    frequency_penalty: float = 0.0  # [-2, 2]: multiplied by the number of times that the completion
-    # has a token, and subtracted from the token's logit
+    # > 0: divides positive logits of tokens in prompt and completion, and multiplies negative ones
+    repetition_penalty: float = 1.0
+    # [-2, 2]: subtracted from the logit of each token that the completion has
+    presence_penalty: float = 0.0
+    # [-2, 2]: subtracted from a token's logit for each time that the completion has the token
+    frequency_penalty: float = 0.0
     seed: int | None = None  # [0, 2^64); None: a random seed
     stop: str | Sequence[str] | None = None  # strings that end the completion, without being in it
     logit_bias: Mapping[int, float] | None = None  # token id -> number to add to its logit
-    logprobs: int | None = None  # >= 0: report the log-probabilities of each generated token and
-    # of this many of the most likely tokens; None: report none
+    # >= 0: report the log-probabilities of each generated token and of this many of the most likely
+    # tokens; None: report none
+    logprobs: int | None = None
     n: int = 1  # >= 1: the number of completions of each prompt
     ignore_eos: bool = False  # do not end at the end-of-text token
     # The whole completion has to match a constraint. At most one of these three may be given.

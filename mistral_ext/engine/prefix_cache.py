@@ -51,7 +51,7 @@ class _Entry:
 
 
 class PrefixCache:
-    """Keeps the extents of ended requests, in the order of their last use.
+    """Keeps the extents of ended requests, the least recently used first.
 
     Args:
         pool: the cache memory that holds the extents.

@@ -58,8 +58,8 @@ class Proposer:
 
     Args:
         ids: the tokens of the sequence, a list that grows.
-        ends: the tokens that end the sequence. They are never proposed. A proposed token saves the
-            pass that would read it, and an end token is not read.
+        ends: the tokens that end the sequence. They are never proposed: no pass would read them, so
+            a right guess would save no pass.
 
     Attributes:
         gain: the number of tokens that drafts have gained so far, at most `_MOST_GAIN`. It is
@@ -120,8 +120,8 @@ class Proposer:
         self.gain = min(self.gain + accepted - cost, _MOST_GAIN)
 
     def note_wait(self) -> None:
-        """Subtracts from the gain what it costs that the next step waits until the tokens of the
-        steps under way are known."""
+        """Subtracts `_COST_OF_A_WAIT` from the gain, because the next step waits until the tokens
+        of the steps under way are known."""
         self.gain -= _COST_OF_A_WAIT
 
     def _check(self) -> None:

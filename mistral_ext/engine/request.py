@@ -79,8 +79,8 @@ class Request:
             not their logits.
         chunk: the number of prompt tokens to read in each pass. The last pass may read fewer. No
             other prompt is read in these passes. None: the engine decides.
-        salt: any text. Cached prefixes serve only requests with the same salt. None: the prefixes
-            of requests without a salt.
+        salt: any text. Cached prefixes serve only requests with the same salt. None: the request
+            shares prefixes with other requests without a salt.
         reuse_completions: whether to reuse also generated tokens in the cache, not only tokens of
             prompts. If True, the replies of a conversation need not be read again. But the keys and
             values of a generated token differ in their last bits from those of a prompt token, so

@@ -154,8 +154,8 @@ class Runner:
         sampler: chooses tokens, and has the options and state of the sequences.
 
     Attributes:
-        ahead: the number of decode steps that may still be under way after another step was
-            launched. Their tokens need not be known.
+        ahead: the number of decode steps that may be under way, with tokens that are not known yet,
+            when another step is launched.
         pauses: whether passes over prompts pause while other sequences generate. To measure the
             time of some layers, calls must return only when their work is done.
     """

@@ -2,8 +2,8 @@
 
 The options are applied in vLLM's order: logit bias, penalties, temperature, min_p, top_k, top_p.
 The random noise of a draw is a pure function of the seed, the index of the completion, the number
-of tokens drawn before, and the token. So it depends neither on the rest of the batch nor on earlier
-draws.
+of tokens drawn before, and the token. So it depends neither on the rest of the batch nor on which
+tokens were drawn before.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ class Sampler:
 
     def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
         """Does the same as `sample`, but takes the rows as a tensor on the device, and returns the
-        token ids as one without waiting for them. An id is -1 where `sample` raises an error."""
+        token ids as a tensor, without waiting for them. An id is -1 where `sample` raises an
+        error."""
         logits = logits[:, : self.vocab_size]
         return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
 

@@ -241,7 +241,7 @@ class SlotPool:
         return length <= extent.length and oldest_seen >= min(length, extent.oldest)
 
     def rewind(self, extent: Extent, length: int) -> None:
-        """Forgets all but the first `length` tokens. `can_rewind` must be true."""
+        """Forgets all but the first `length` tokens. `can_rewind(extent, length)` must be true."""
         extent.length = length
         extent.oldest = min(extent.oldest, length)
 

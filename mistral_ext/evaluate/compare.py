@@ -53,7 +53,7 @@ class Comparison:
         return self.agrees.double().mean().item()
 
     def quantile(self, share: float) -> float:
-        """The divergence that is not exceeded after this share of the tokens, 0 to 1."""
+        """The value that the divergence does not exceed for `share` (0 to 1) of the tokens."""
         return self.divergences.quantile(share).item()
 
 

@@ -90,8 +90,8 @@ def read_cases(path: str | Path) -> list[Case]:
     "category" (one of `LABELS`) or "flagged" (true or false). Messages have role and content.
 
     Raises:
-        OSError, ValueError: the file cannot be read, has no contents, or has a wrong line. The
-            message names the line.
+        OSError, ValueError: the file cannot be read, has no contents, or has a wrong line, which
+            the message names.
     """
     cases = []
     for number, line in enumerate(read_text_file(path).splitlines(), 1):

@@ -90,7 +90,7 @@ def measure(
         The results, in the order in which the benchmarks are finished.
 
     Raises:
-        ValueError: a task is not in the table, or runs code without run_code. Or as in `evaluate`.
+        ValueError: a task is not in the table, or runs code without run_code, or as in `evaluate`.
         ImportError: lm_eval is missing.
     """
     chosen = choose(tasks, run_code)

@@ -24,7 +24,7 @@ _RUNNER = Path(__file__).with_name("run_program.py")
 
 SECONDS = 5  # the seconds of processor time that a program may take
 MEMORY = 2**30  # the most bytes of the program's address space
-_WALL = 4  # by the wall clock a program may take this many times as many seconds
+_WALL = 4  # the limit by the wall clock, in multiples of the limit of processor time
 _REPORT = 200  # the most bytes of a report that are read
 
 PASSED = "passed"

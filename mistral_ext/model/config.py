@@ -39,8 +39,8 @@ _HF_DEFAULT_ROPE_THETA = 1e4
 # The values of "architectures" in config.json for models without an output matrix. Such a model
 # ends with the last norm.
 _EMBEDDING_MODELS = (["MistralModel"], ["LlamaModel"])
-# The defaults of transformers' LlamaConfig that differ from those of MistralConfig. For None the
-# default is n_heads.
+# The defaults of transformers' LlamaConfig that differ from those of MistralConfig. None stands for
+# n_heads.
 _LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
 # Keys of params.json that have the name of the field. They have no default.
@@ -99,10 +99,10 @@ class MistralConfig:
     norm_eps: float
     rope_theta: float
     sliding_window: int | None  # W, the number of keys that a query sees, with its own; None: all
-    max_positions: int  # how many positions the model was trained for; a limit only without window
+    max_positions: int  # the number of positions in training; a limit only without a window
     bos_id: int  # the token that begins a text
     eos_ids: tuple[int, ...]  # each of these tokens ends a text
-    dtype: torch.dtype | None = None  # in which the weights are stored; None: the file says nothing
+    dtype: torch.dtype | None = None  # the dtype of the stored weights; None: not in the file
     tie_word_embeddings: bool = False  # True: if there is no output matrix, the embeddings serve
     rope_scaling: RopeScaling | None = None  # None: RoPE is not scaled
     writes_text: bool = True  # False: an embedding model, which has no output matrix
@@ -178,10 +178,10 @@ class MistralConfig:
         of transformers.
 
         For a key that is missing or null, the default of transformers' ``MistralConfig`` counts, or
-        that of ``LlamaConfig`` for Llama models. This default is not always the value of Mistral
-        7B. There are two exceptions. If ``sliding_window`` is null there is no window. If
-        ``num_key_value_heads`` is null there are as many as query heads. A Llama has no window in
-        any case.
+        that of ``LlamaConfig`` for Llama models. (It is not always the value of Mistral 7B.) Two
+        keys are exceptions: a ``sliding_window`` of null means that there is no window, and a
+        ``num_key_value_heads`` of null that there are as many as query heads. A Llama has no window
+        in any case.
 
         Args:
             values: the contents of the file.

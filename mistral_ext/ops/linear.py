@@ -40,7 +40,7 @@ def linear(
       forbids it. The errors are at most 1/254 of the largest magnitude of 32 neighbours. More than
       8 tokens are not rounded for "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 on
       CPUs with AMX.
-    - With AVX-512, "int4" is multiplied in 16-bit integers or bfloat16 instead.
+    - With AVX-512, "int4" is multiplied in 16-bit integers or bfloat16, not in 8-bit integers.
 
     With "int8", K is at most 2^20. CUDA devices read rows in 16-byte loads. So there x, norm and
     the weights must be aligned to 16 bytes, and K must be a multiple of 8, or of 16 for 8-bit

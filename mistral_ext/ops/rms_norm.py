@@ -15,7 +15,7 @@ from mistral_ext.ops.workspace import execution_target
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor:
-    """Computes RMSNorm over the last axis. With a residual, adds x to it first.
+    """Computes RMSNorm over the last axis, with an optional residual add before it.
 
     With a residual the op computes `residual += x` in place, rounded to the dtype, and normalises
     the sum. Without a residual it normalises x. The normalised value is rounded to the dtype before

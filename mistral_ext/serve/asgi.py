@@ -107,7 +107,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         DisconnectedError: the client hung up.
-        SlowReaderError: the work was cancelled otherwise: `Generation` has it cancelled if the
+        SlowReaderError: `work` was cancelled by something else. A `Generation` cancels it if the
             client does not read its answer.
     """
     task = asyncio.ensure_future(work)

@@ -84,7 +84,7 @@ class Call(ABC):
         return body
 
     def generation(self, requests: Sequence[Request], max_unread: int | None = None) -> Generation:
-        """Makes a `Generation` that runs requests to the engine for this call. If more than
+        """Makes a `Generation` that runs requests to the engine for this call. As soon as
         `max_unread` outputs wait, the current task is cancelled. None: any number may wait."""
         task = asyncio.current_task()
         assert task

@@ -26,9 +26,8 @@ _LONGEST_WAIT = 0.03  # the first step begins after so many seconds even if requ
 class EngineThread:
     """Runs the steps of an engine while there is work. Other threads add and abort requests.
 
-    If a pass through the model fails, the requests in it end with an error. If the engine itself
-    fails, or the device no longer works after such a failure, the thread ends and refuses new
-    requests.
+    If a pass through the model fails, the requests in it end with an error. If the device no longer
+    works after that, or if the engine itself fails, the thread ends and refuses new requests.
 
     Args:
         engine: the engine.

@@ -1,4 +1,4 @@
-"""Makes errors that are reported as OpenAI's API reports them."""
+"""Makes errors in the form of OpenAI's API."""
 
 from __future__ import annotations
 

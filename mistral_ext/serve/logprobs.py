@@ -63,7 +63,7 @@ class LogprobWriter:
         }
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id >= self._tokenizer.vocab_size:  # the output matrix may have more rows
+        if token_id >= self._tokenizer.vocab_size:  # the model may have more ids
             return b""
         data = self._tokenizer.token_bytes(token_id)
         return data.removeprefix(b" ") if self._strips else data

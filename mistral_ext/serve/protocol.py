@@ -175,7 +175,8 @@ def _params(
     options[structure.option] = structure.value
     try:
         return SamplingParams(**options)
-    except (TypeError, ValueError) as error:  # the other options fit the schema of the request
+    except (TypeError, ValueError) as error:
+        # The constraint is wrong, because the request's schema has checked all other options.
         raise bad_request(str(error), structure.field) from error
 
 

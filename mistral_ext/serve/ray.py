@@ -182,7 +182,9 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
     ends this process at once, and with it a cluster that it has started.
 
     Joins the cluster that the environment variable RAY_ADDRESS names, or starts a cluster on this
-    machine if the variable is not set. The arguments are those of `application`.
+    machine if the variable is not set. The arguments are those of `application`, but
+    `settings.host` and `settings.port` are used, too: Ray Serve's proxies listen there, unless the
+    cluster already has proxies.
 
     Returns:
         The status to exit with.

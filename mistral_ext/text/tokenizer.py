@@ -258,8 +258,8 @@ class Tokenizer:
         return ids
 
     def control_token_starts(self) -> re.Pattern[str]:
-        """A pattern that matches single characters: those at which a control token begins that a
-        text spells out."""
+        """A pattern that matches single characters: the first of each control token that a text
+        spells out."""
         return self._control_finder.starts()
 
     def decode(self, ids: Iterable[int], strip_first_space: bool = True) -> str:

@@ -51,8 +51,8 @@ class CalibratedLayers:
             are rounded with error feedback.
         embedded: [T, E] fp32, the embeddings of a text's tokens. They are overwritten.
         kept: a folder for finished layers. It is made if it does not exist.
-        identity: a string that is another one for other texts or embeddings, such as a hash. It may
-            be the same for other weights of the layers, which `rounded` compares.
+        identity: a string, such as a hash, that differs for other texts or embeddings. It may be
+            the same for other weights of the layers, which `rounded` compares.
 
     Attributes:
         done: the number of finished layers, those of earlier calls included.

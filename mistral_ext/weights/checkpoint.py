@@ -229,8 +229,8 @@ class Checkpoint:
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Weight]]:
         """Reads one weight after another. Yields Mistral's name and the weight.
 
-        If the files have no output matrix, "output.weight" is the quantised embeddings if weights
-        are quantised. Otherwise it is not yielded.
+        If the files have no output matrix, "output.weight" is yielded only if weights are
+        quantised. Then it is the quantised embeddings.
         """
         n_bytes = {name: sum(part.nbytes for part in parts) for name, parts in self._parts.items()}
         with tqdm(

@@ -55,7 +55,7 @@ class Factor(NamedTuple):
 
 def hessian_of(inputs: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> Tensor:
     """The products [K, K] of the inputs' elements with each other, summed over all tokens. Only
-    the lower triangle is right, and the blocks of _ROWS rows on the diagonal.
+    the lower triangle and the blocks of _ROWS rows on the diagonal are right.
 
     Args:
         inputs: [T, K] float32 for each sequence.

@@ -2,7 +2,7 @@
 4.2GB`.
 
 A matrix loses accuracy in 4 bits (sensitivity.py), and takes more bytes in 8. While there is room,
-8 bits go to the matrices that lose the most accuracy in 4 bits, per byte that 8 bits take more.
+8 bits go to the matrices where each additional byte avoids the most loss.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class Mixture:
 
     def best(self, sensitivities: Mapping[str, float]) -> Quantization:
         """Chooses the formats. The matrices are tried in the order of the loss that 8 bits avoid
-        per byte that they take more. A matrix gets 8 bits if the file then has at most the given
-        size.
+        for each additional byte. A matrix gets 8 bits if the file then has at most the given size.
 
         Args:
             sensitivities: the loss of accuracy by 4 bits in each matrix of the layers, by Mistral's
@@ -73,7 +72,7 @@ class Mixture:
         large = layout_of(self._config, self._dtype, _LARGE)
 
         def saved(name: str) -> float:
-            """The loss that 8 bits avoid in a matrix, per byte that they take more than 4 bits."""
+            """The loss that 8 bits avoid in a matrix, for each additional byte."""
             return sensitivities[name] / (large[name].nbytes - small[name].nbytes)
 
         chosen: set[str] = set()

@@ -70,8 +70,8 @@ def mistral_name(name: str) -> str:
 
 
 def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:
-    """Renames tensors to the names that their format uses for a whole model (with its head, not in
-    a wrapper of peft). Leaves out stored frequencies of RoPE.
+    """Renames tensors to the names that their format uses for a whole model, which has its head
+    and no wrapper of peft. Leaves out stored frequencies of RoPE.
 
     Args:
         tensors: the tensors with their names in the files.

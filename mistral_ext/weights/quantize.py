@@ -17,7 +17,8 @@ With 4 bits values come from a table of 16 values, denser near 0, where most wei
 by which these scales are multiplied. If the length of a row is no multiple of 256, the format is
 "iq4_nl", with an fp16 scale for each 32 values (4.5 bits). A kernel (csrc/cpu/quantize.cpp) tries
 several scales, and takes the scale with the least squared error. Errors of large weights count
-more. On normally distributed weights this leaves a root mean square error of 7.5 % of the weights'.
+more. On normally distributed weights this leaves an error of 7.5 % (root mean square, relative to
+that of the weights).
 
 "int4" is the format of older folders, and the format if a caller sets `group`. Its values are in
 equal steps, and each group of neighbours in a row has a scale. The weight with the largest
