@@ -82,7 +82,9 @@ class _Step:
         if not self._can_record:
             self._step()
             return self._h, True
-        self._recording = None  # so that no old recording stays if `record` is interrupted
+        # An old recording becomes valid again if its kernels are selected again, but its result is
+        # not `_h` any more once `_step` has run. If `record` is interrupted, none must stay.
+        self._recording = None
         self._recording = record(self._step, [self._token_ids])
         self._can_record = self._recording is not None
         return self._h, False

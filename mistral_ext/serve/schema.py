@@ -1,4 +1,4 @@
-"""Checks JSON values against the part of JSON Schema that `fields` uses.
+"""Checks JSON values against the part of JSON Schema that `fields.py` uses.
 
 The keywords are type, enum, anyOf, minimum, exclusiveMinimum, maximum, minLength, maxLength, items,
 minItems, maxItems, properties, required, additionalProperties and maxProperties.

@@ -45,12 +45,13 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class JinjaTemplate:
-    """The chat template of a fine-tune.
+    """A chat template in Jinja, such as fine-tunes bring.
 
     Args:
         path: the file of the template, for error messages.
         sources: templates by name. "default" is used, or with tools "tool_use" if there is one.
-        tokenizer: the tokenizer, which knows the names of the tokens that the template may write.
+        tokenizer: encodes what the template writes. The template gets the texts of the tokenizer's
+            special tokens as variables, such as `bos_token`.
 
     Raises:
         ValueError: no template has the name "default", or a template is not valid.
