@@ -12,7 +12,7 @@ from backends import use
 from test_linear import formats, inputs, weights
 from tolerance import DTYPES
 
-from mistral_ext import ops
+from mistral_ext import _C, ops
 
 INF, NAN = math.inf, math.nan
 GREEDY = (0, 0, 1, 0, 1, 0, 0)  # options of a sample
@@ -167,3 +167,11 @@ def test_checks(weight, limit, error, message):
     with pytest.raises(error) as caught:
         ops.linear_argmax(torch.zeros(3, 8), weight, limit=limit)
     assert f"linear_argmax: {message}" in str(caught.value)
+
+
+def test_ids_with_gaps_are_refused():
+    x, weight = torch.zeros(3, 8), torch.zeros(4, 8)
+    given = x, [weight], [None], ["plain"], None, 0, None, torch.zeros(3, 4)
+    message = r"linear_argmax: token_ids has strides \[2\], expected it to be contiguous"
+    with pytest.raises(ValueError, match=message):
+        _C.linear_argmax(*given, torch.zeros(6, dtype=torch.int64)[::2])
