@@ -94,6 +94,19 @@ def test_ties_and_what_is_not_finite(backend, logits, limit, expected, tokens):
     check(x, weight, limit=limit)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [None, 512, 513, 1030, 1555])
+def test_more_outputs_than_the_cpu_compares_at_once(isa, dtype, limit, generator):
+    """Most logits are a tie: they are small integers."""
+    x = torch.randint(-1, 2, (5, 16), generator=generator).to(dtype)
+    weight = torch.randint(-1, 2, (1555, 16), generator=generator).to(dtype)
+    check(x, weight, limit=limit)
+    weight[: (limit or 1555) - 2] = 0  # the largest may be one of the last two
+    check(x, weight, limit=limit)
+    weight[1030, 0] = NAN
+    check(x, weight, limit=limit)
+
+
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_what_is_not_finite_stays_in_its_token(backend, tokens, generator):
     x = torch.randn(tokens, 64, generator=generator).bfloat16()
