@@ -30,9 +30,9 @@ void expect_prefill_kernel(const char* op, int device) {
   }
 }
 
-void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
+void expect_cuda_kernel(const RaggedBatch& batch, const Tensor& out, const AttentionParams& p) {
   expect_cuda_heads(batch.q, p.scale);
-  for (const Tensor* tensor : {&batch.q, &batch.k, &batch.v, &batch.k_pool, &batch.v_pool}) {
+  for (const Tensor* tensor : {&batch.q, &batch.k, &batch.v, &batch.k_pool, &batch.v_pool, &out}) {
     tensor->expect_aligned_rows();
   }
   expect_prefill_kernel(batch.q.op(), batch.q.device_index());
@@ -84,7 +84,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
   if (!q.is_cuda()) workspace_bytes = cpu::attention_scratch_bytes(p);
 #ifdef MISTRAL_CUDA
   if (q.is_cuda()) {
-    expect_cuda_kernel(batch, p);
+    expect_cuda_kernel(batch, out, p);
     const cuda::AttentionScratch scratch = cuda_scratch(p, q.device_index());
     p.splits = scratch.splits;
     p.prefill_splits = scratch.prefill_splits;

@@ -185,6 +185,7 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
   LinearParams p = checked_argmax(x, {values, scales, formats}, norm, eps, limit, out);
   const Table token_ids(op, "token_ids", token_ids_);
   token_ids.expect_shape({x.size(0)});
+  token_ids.expect_contiguous();
   token_ids.expect_device_of(x);
   p.token_ids = static_cast<int64_t*>(token_ids.data());
   const auto counters = x.is_cuda() ? int64_t{sizeof(RunningArgmax) / sizeof(int32_t)} : 0;
@@ -203,6 +204,7 @@ void dequantize(py::object values, py::object scales, py::str format, py::object
                 ExecutionTarget target) {
   constexpr const char* op = "dequantize";
   const Tensor out(op, "out", out_);
+  if (!out.is_cuda()) fail(op, "tensors are on cpu, expected a CUDA device");
   out.expect_shape({-1, -1});
   out.expect_contiguous();
   out.expect_aligned_rows();

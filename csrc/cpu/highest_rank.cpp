@@ -1,47 +1,12 @@
 // The greedy choice among logits without bias and penalties.
+#include "highest_rank.h"
+
 #include "kernels.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
-namespace {
 
-constexpr int64_t kKeysPerBlock = 512;  // so few that their keys stay in the L1 cache
-
-// The same as key_of (sample.h), but without branches, because compilers do not vectorise a loop
-// with branches.
-MISTRAL_HOST_DEVICE uint32_t branchless_key(float x) {
-  x += 0.0f;
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  const uint32_t key = bits & 0x80000000 ? ~bits : bits | 0x80000000;
-  return x != x ? kNanKey : key;
-}
-
-}  // namespace
-
-// Returns the highest rank of a row of logits. Finds the highest key of each block. If it is higher
-// than all keys of earlier blocks, also finds the first token of the block that has this key. The
-// loops that make keys and find the highest key are plain enough for compilers to vectorise. A loop
-// that also remembered the token would not be.
 Rank highest_rank(const float* logits, int64_t vocab_size) {
-  constexpr uint32_t kSign = 0x80000000;  // AVX2 and older sets compare only signed integers
-  uint32_t highest = 0;
-  int64_t first = 0;
-  for (int64_t begin = 0; begin < vocab_size; begin += kKeysPerBlock) {
-    const int64_t count = mistral::min(kKeysPerBlock, vocab_size - begin);
-    uint32_t keys[kKeysPerBlock];
-    for (int64_t i = 0; i < count; ++i) keys[i] = branchless_key(logits[begin + i]);
-    int32_t most = INT32_MIN;
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t key = static_cast<int32_t>(keys[i] ^ kSign);
-      most = key > most ? key : most;
-    }
-    const uint32_t of_block = static_cast<uint32_t>(most) ^ kSign;
-    if (of_block <= highest) continue;
-    highest = of_block;
-    first = begin;
-    while (keys[first - begin] != highest) ++first;
-  }
-  return rank_of(highest, first);
+  return highest_rank_of(logits, vocab_size);
 }
 
 }  // namespace mistral::cpu::MISTRAL_ISA

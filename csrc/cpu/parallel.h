@@ -9,7 +9,8 @@ namespace mistral::cpu {
 // `threads` threads run tasks, and the caller is one of them. There are never more than four
 // threads for each processor, or 16 if that is more. A thread takes one task at a time, in order,
 // so that uneven tasks balance. A task should take a few microseconds or more. If the pool runs the
-// loop of another caller, this caller runs all of its tasks alone.
+// loop of another caller, this caller runs all of its tasks alone. A task must not call
+// parallel_for or parallel_ranges: its thread may hold the mutex that they try to lock.
 void parallel_for(int threads, int64_t tasks, void (*run)(const void* context, int64_t task),
                   const void* context);
 

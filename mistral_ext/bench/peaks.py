@@ -78,7 +78,7 @@ def _library() -> ctypes.CDLL | None:
 @functools.cache
 def _buffer() -> torch.Tensor:
     # Writing ones makes the system provide the pages. Zeros might all be one page.
-    return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8)
+    return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8, device="cpu")
 
 
 def buffer_bytes() -> int:

@@ -156,8 +156,9 @@ class Runner:
     Attributes:
         ahead: the number of decode steps that may be under way, with tokens that are not known yet,
             when another step is launched.
-        pauses: whether passes over prompts pause while other sequences generate. To measure the
-            time of some layers, calls must return only when their work is done.
+        pauses: whether passes over prompts pause while other sequences generate. It is False on a
+            GPU, where calls return before their work is done, so the time of some layers cannot be
+            measured.
     """
 
     ahead = 0
@@ -167,8 +168,9 @@ class Runner:
         self._model = model
         self._pool = pool
         self._sampler = sampler
-        records = model.device.type == "cpu" and captures_steps()
-        self._recorded = RecordedSteps(model, pool) if records else None
+        on_cpu = model.device.type == "cpu"
+        self.pauses = self.pauses and on_cpu
+        self._recorded = RecordedSteps(model, pool) if on_cpu and captures_steps() else None
 
     def read(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """Reads pieces of several prompts in one pass.

@@ -82,8 +82,9 @@ def perplexity(
         if len(start) + len(ids) < 2:
             raise ValueError(f"texts[{i}] has one token, expected more: nothing comes before it")
         longest = llm.max_length or len(ids)
-        for first in range(0, len(ids), longest):
-            sequences.append([*start, *ids[first : first + longest]])
+        segments = [[*start, *ids[i : i + longest]] for i in range(0, len(ids), longest)]
+        # Without a beginning-of-text token, a last segment of one token has nothing to predict.
+        sequences += [segment for segment in segments if len(segment) > 1]
     if not sequences:
         raise ValueError("texts is empty, expected one or more")
 

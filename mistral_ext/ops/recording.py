@@ -58,8 +58,10 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
     Returns:
         The recording. None: the work cannot be repeated, because
         - an op does not run by `workspace.run` with its output,
-        - an op needs memory that has been freed, or
-        - an op reads a tensor that torch has computed.
+        - an op needs memory that has been freed,
+        - an op reads a tensor that torch has computed, or
+        - an op reads token ids that are not those of a given tensor. A repetition checks all ids
+          before its first call, so it would not check ids that one of its calls writes.
     """
     recorder = _Recorder(given)
     with workspace.heard_by(recorder):
@@ -70,16 +72,19 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
 class _Recorder:
     """Notes calls, and checks where their inputs come from. A repetition does not repeat what torch
     computes. So the input x of each call must lie in the memory of a given tensor, or of the result
-    of an earlier call."""
+    of an earlier call. Token ids must lie in that of a given tensor that no call has changed."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self.recording = Recording()
         self.is_complete = True
-        self._known = set(map(_address, given))
+        self._given = set(map(_address, given))
+        self._results: set[int] = set()
 
     def note(self, call: _C.Call, x: Tensor, out: Tensor) -> None:
-        self.is_complete &= _address(x) in self._known
-        self._known.add(_address(out))
+        unchanged = self._given - self._results
+        known = unchanged if x.dtype == torch.int64 else self._given | self._results
+        self.is_complete &= _address(x) in known
+        self._results.add(_address(out))
         self.recording._calls.add(call)
         self.recording._kept += [x, out]
 

@@ -184,17 +184,26 @@ def in_order(
     """Puts the columns of x [T, K], and the weight [K] of an RMSNorm of x, into the order of the
     weights' values.
 
-    All weights of a call must have the same `order`. Whether the orders are equal is not checked.
+    All weights of a call must have the same `order`. On a GPU and under torch.compile only the
+    presence of an order is checked. To compare orders, the call would have to wait for the GPU, and
+    torch.compile cannot follow what depends on values.
 
     Raises:
-        ValueError: only some of the weights have an order.
+        ValueError: the weights have different orders, or only some of them have an order.
     """
-    orders = [weight.order if isinstance(weight, Quantized) else None for weight in weights]
-    if all(order is None for order in orders):
+    given = [weight.order if isinstance(weight, Quantized) else None for weight in weights]
+    orders = [order for order in given if order is not None]
+    if not orders:
         return x, norm
-    order = orders[0]
-    if order is None or None in orders[1:]:
+    if len(orders) < len(given):
         raise ValueError("weights have an order in part, expected the same order or none")
+    order = orders[0]
+    if order.is_cpu and not torch.compiler.is_compiling():
+        for i, other in enumerate(orders):
+            if other is not order and not torch.equal(other, order):
+                raise ValueError(
+                    f"weights[{i}] has another order than weights[0], expected the same"
+                )
     return x.index_select(1, order), None if norm is None else norm.index_select(0, order)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -35,7 +37,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Until then the folder lies in a temporary folder beside `target`. An error, Ctrl-C, or (in the
     main thread) SIGTERM or SIGHUP removes the temporary folder. The folder is renamed only when all
-    its files are on the disk. So `target` is never half-written, not even after a power cut.
+    its files are on the disk. So `target` is never half-written, not even after a power cut. What a
+    killed run has left is removed by the next run with this target.
 
     Args:
         target: the path of the new folder. It must not exist, or be an empty folder.
@@ -48,13 +51,14 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{target.name}.part-"
     for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        _log.warning("%s: another run is writing it, or was killed: then remove it", left)
+        _remove_if_dead(left, target.name)
     with (
         _cleaning_up_first(),
         # Others may not read a temporary folder, so the new folder is an ordinary one inside it.
         tempfile.TemporaryDirectory(
             prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
         ) as temporary,
+        _locked(Path(temporary)),
     ):
         folder = Path(temporary, target.name)
         folder.mkdir()
@@ -64,6 +68,45 @@ def new_folder(target: Path) -> Iterator[Path]:
             target.rmdir()  # raises an error unless the folder is empty
         folder.rename(target)
         sync_names(target.parent)
+
+
+def _remove_if_dead(part: Path, name: str) -> None:
+    """Removes a temporary folder if the process that made it has ended. A process locks its folder
+    before it makes the folder `name` inside. If there are other files, the user may have made the
+    folder."""
+    try:
+        if os.listdir(part) == [name]:
+            with _locked(part) as is_locked:
+                if is_locked:
+                    shutil.rmtree(part)
+                    _log.warning("%s: removed, because the run that wrote it was killed", part)
+                    return
+    except FileNotFoundError:
+        return  # its run has just ended
+    except OSError:
+        pass
+    _log.warning("%s: another run is writing it, or was killed: then remove it", part)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder, and says whether this was possible. The lock ends with the process, however
+    that ends."""
+    if sys.platform == "win32":  # folders cannot be opened there
+        yield False
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        is_locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process has the lock, or the file system has no locks
+            is_locked = False
+        yield is_locked
+    finally:
+        os.close(descriptor)
 
 
 def sync_files(folder: Path) -> None:

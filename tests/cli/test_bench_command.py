@@ -55,6 +55,12 @@ def test_the_machine_is_measured(monkeypatch):
     assert 0 < machine.resident_bytes() < machine.memory_bytes()
 
 
+def test_memory_is_read_whatever_the_default_device_is(monkeypatch):
+    monkeypatch.setattr(peaks, "BEYOND_CACHES", 8)
+    with torch.device("meta"):
+        assert peaks._buffer.__wrapped__().is_cpu
+
+
 def test_a_machine_without_a_compiler(monkeypatch, caplog):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "no-such-compiler")

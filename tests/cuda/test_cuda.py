@@ -327,6 +327,13 @@ def test_what_attention_cannot_do_on_a_gpu(given, error, message):
     assert message in str(caught.value)
 
 
+def test_rows_that_attention_cannot_write_on_a_gpu():
+    given = list(arguments().values())
+    out = unaligned(given[0])
+    with pytest.raises(ValueError, match=r"^attention: out .*multiples of 16 bytes$"):
+        _C.attention(*given[:-1], out, 8, None, None)
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from test_engine import alone, assert_empty, content, engine_of, prompt, request, run
 
 from mistral_ext.engine.pace import Pace
 from mistral_ext.engine.prompt_reader import PromptReader
-from mistral_ext.engine.runner import Reading
+from mistral_ext.engine.runner import Reading, Runner
 
 
 @pytest.fixture
@@ -41,6 +44,12 @@ def test_pauses_change_no_bit(models, window, hurried):
     engine = engine_of(models[window])
     assert [content(c) for c in run(engine, requests)] == alone(models[window], *requests)
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_passes_pause_only_where_their_time_can_be_measured(device):
+    model = SimpleNamespace(device=torch.device(device))
+    assert Runner(model, None, None).pauses == (device == "cpu")
 
 
 @pytest.mark.parametrize("window", [None, 48])

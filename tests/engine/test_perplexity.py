@@ -3,12 +3,13 @@ quality of quantised weights, which it measures."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from checkpoints import write_checkpoint
+from checkpoints import TOKENIZERS, write_checkpoint
 
 from mistral_ext import Mistral
 from mistral_ext.evaluate.perplexity import perplexity
@@ -97,6 +98,23 @@ def test_segments_without_a_window(tmp_path):
     result = perplexity(llm, [ids])
     assert result.tokens == 95
     assert result.segments == 3
+    assert result.nll == pytest.approx(nll.mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [79, 80, 81, 82])
+def test_segments_without_a_first_token(tmp_path, length):
+    """A last segment of one token has nothing to predict."""
+    sizes = {"vocab_size": 32000, "max_position_embeddings": 40}
+    theirs = write_checkpoint(tmp_path, sliding_window=None, **sizes)
+    shutil.copy(TOKENIZERS["v1"], tmp_path / "tokenizer.model")
+    llm = Mistral.from_pretrained(tmp_path)
+    llm.tokenizer.adds_bos = False
+    ids = torch.randint(3, 131, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    pieces = [ids[i : i + 40] for i in range(0, length, 40)]
+    nll = torch.cat([nll_of_each(theirs, piece) for piece in pieces if len(piece) > 1])
+    result = perplexity(llm, [ids])
+    assert result.tokens == len(nll)
+    assert result.segments == 2 + (length > 81)
     assert result.nll == pytest.approx(nll.mean().item(), rel=1e-6)
 
 

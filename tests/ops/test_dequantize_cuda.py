@@ -10,6 +10,7 @@ from backends import GPU, registered
 from packed_weights import random_weights
 from tolerance import DTYPES
 
+from mistral_ext import _C
 from mistral_ext.ops import Quantized
 from mistral_ext.weights.quantize import quantize
 
@@ -51,6 +52,14 @@ def test_nothing(emulator, generator):
     weight = weights((1, 256), generator)["q4_k, groups of 256"]
     weight = weight._replace(values=weight.values[:0], scales=weight.scales[:0])
     assert len(dequantize(emulator, weight, torch.float32)) == 0
+
+
+@pytest.mark.skipif(_C.cuda_architectures is None, reason="a build without CUDA")
+def test_memory_of_the_cpu_is_refused(generator):
+    weight = quantize(torch.randn(2, 32, generator=generator), "int8")
+    message = "dequantize: tensors are on cpu, expected a CUDA device"
+    with pytest.raises(ValueError, match=message):
+        _C.dequantize(*weight[:3], torch.empty(2, 32), 1)
 
 
 @pytest.mark.parametrize("device", [GPU])

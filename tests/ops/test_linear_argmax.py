@@ -12,7 +12,7 @@ from backends import use
 from test_linear import formats, inputs, weights
 from tolerance import DTYPES
 
-from mistral_ext import ops
+from mistral_ext import _C, ops
 
 INF, NAN = math.inf, math.nan
 GREEDY = (0, 0, 1, 0, 1, 0, 0)  # options of a sample
@@ -94,6 +94,19 @@ def test_ties_and_what_is_not_finite(backend, logits, limit, expected, tokens):
     check(x, weight, limit=limit)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [None, 512, 513, 1030, 1555])
+def test_more_outputs_than_the_cpu_compares_at_once(isa, dtype, limit, generator):
+    """Most logits are a tie: they are small integers."""
+    x = torch.randint(-1, 2, (5, 16), generator=generator).to(dtype)
+    weight = torch.randint(-1, 2, (1555, 16), generator=generator).to(dtype)
+    check(x, weight, limit=limit)
+    weight[: (limit or 1555) - 2] = 0  # the largest may be one of the last two
+    check(x, weight, limit=limit)
+    weight[1030, 0] = NAN
+    check(x, weight, limit=limit)
+
+
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_what_is_not_finite_stays_in_its_token(backend, tokens, generator):
     x = torch.randn(tokens, 64, generator=generator).bfloat16()
@@ -167,3 +180,11 @@ def test_checks(weight, limit, error, message):
     with pytest.raises(error) as caught:
         ops.linear_argmax(torch.zeros(3, 8), weight, limit=limit)
     assert f"linear_argmax: {message}" in str(caught.value)
+
+
+def test_ids_with_gaps_are_refused():
+    x, weight = torch.zeros(3, 8), torch.zeros(4, 8)
+    given = x, [weight], [None], ["plain"], None, 0, None, torch.zeros(3, 4)
+    message = r"linear_argmax: token_ids has strides \[2\], expected it to be contiguous"
+    with pytest.raises(ValueError, match=message):
+        _C.linear_argmax(*given, torch.zeros(6, dtype=torch.int64)[::2])

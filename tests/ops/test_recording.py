@@ -128,6 +128,25 @@ def test_ids_are_data_and_checked_each_time(form, generator):
     assert torch.equal(out, expected)
 
 
+def test_ids_that_a_call_makes_cannot_be_repeated(generator):
+    """A repetition would read rows that the weight does not have: it checks ids before it runs."""
+    x, weight = torch.zeros(1, SIZE), torch.randn(2, SIZE, generator=generator)
+    made = torch.zeros(1, 2)
+    given = made.view(torch.int64)[0]
+
+    def embed(ids):
+        return ops.embedding(ids, weight)
+
+    assert record(lambda: embed(given), [x, given]) is not None
+    assert record(lambda: embed(ops.linear(x, weight).view(torch.int64)[0]), [x]) is None
+
+    def change_given():
+        ops.linear_residual(x, weight, made)
+        return embed(given)
+
+    assert record(change_given, [x, given]) is None
+
+
 def test_other_kernels_need_a_new_recording(generator):
     layer = Layer(generator)
     recording = record(layer.work, [layer.h])

@@ -85,3 +85,17 @@ def test_orders_of_some_weights_are_refused(made):
     for mixed in ([weights[0], natural[1]], [natural[0], weights[1]]):
         with pytest.raises(ValueError, match="weights have an order in part, expected the same"):
             ops.linear(x, mixed)
+
+
+def test_different_orders_are_refused(made):
+    x, _, weights, _ = made
+    for other in (weights[0].order.flip(0), weights[0].order[:-1]):
+        mixed = [*weights[:2], weights[2]._replace(order=other)]
+        with pytest.raises(ValueError, match=r"weights\[2\] has another order than weights\[0\]"):
+            ops.linear(x, mixed)
+
+
+def test_equal_orders_are_compiled_as_one_graph(made):
+    x, _, weights, _ = made
+    compiled = torch.compile(lambda x: ops.linear(x, weights), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), ops.linear(x, weights))

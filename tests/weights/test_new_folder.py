@@ -119,10 +119,53 @@ def test_in_another_thread(tmp_path):
     assert (tmp_path / "model" / "a").is_file()
 
 
-def test_what_a_killed_run_left_is_named(tmp_path, caplog):
-    (tmp_path / "model[1].part-x").mkdir()
-    (tmp_path / "another.part-x").mkdir()
-    with new_folder(tmp_path / "model[1]"):
+WRITING = f"""if True:
+    import pathlib, runpy, sys, time
+    new_folder = runpy.run_path({module.__file__!r})["new_folder"]
+    with new_folder(pathlib.Path(sys.argv[1])) as folder:
+        (folder / "a").touch()
+        print(folder.parent, flush=True)
+        time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks on Windows")
+def test_what_a_killed_run_left_is_removed(tmp_path, caplog):
+    """But not what another run is writing."""
+    target = tmp_path / "model[1]"
+    command = [sys.executable, "-c", WRITING, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            part = Path(run.stdout.readline().strip())
+            with pytest.raises(KeyError), new_folder(target):
+                raise KeyError
+            assert (part / target.name / "a").is_file()
+        finally:
+            run.kill()
+    with new_folder(target):
+        assert not part.exists()
+    assert list(tmp_path.iterdir()) == [target]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].startswith(f"{part}: another run is writing it, or was killed")
+    assert messages[1:] == [f"{part}: removed, because the run that wrote it was killed"]
+
+
+@pytest.mark.parametrize("files", [[], ["model", "notes"], ["notes"]])
+def test_what_a_user_may_have_made_is_named(tmp_path, caplog, files):
+    left = tmp_path / "model.part-x"
+    for name in ("model.part-x", "another.part-x"):
+        (tmp_path / name).mkdir()
+    for name in files:
+        (left / name).mkdir()
+    with new_folder(tmp_path / "model"):
         pass
+    assert sorted(file.name for file in left.iterdir()) == files
+    assert (tmp_path / "another.part-x").is_dir()
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{tmp_path / 'model[1].part-x'}: another run")
+    assert record.getMessage().startswith(f"{left}: another run is writing it")
+
+
+def test_an_error_of_the_block_is_not_hidden(tmp_path):
+    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "model"):
+        raise OSError("full")
+    assert list(tmp_path.iterdir()) == []

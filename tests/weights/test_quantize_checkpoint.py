@@ -284,6 +284,7 @@ def test_what_a_killed_run_left_is_not_in_the_way(hf_folder, tmp_path, caplog):
     (left / "int4").mkdir(parents=True)
     assert load(quantize_checkpoint(hf_folder, tmp_path / "int4", 4))
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [str(left)]
+    assert not left.exists()
 
 
 def test_existing_targets(hf_folder, tmp_path):

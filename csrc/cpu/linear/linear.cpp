@@ -4,6 +4,7 @@
 // tokens are multiplied in the files gemv*.h, more tokens in gemm.h and gemm_bytes.h.
 #include "../../linear.h"
 
+#include "../highest_rank.h"
 #include "../kernels.h"
 #include "../parallel.h"
 #include "activations.h"
@@ -346,11 +347,7 @@ template <class T>
 void find_largest(const LinearParams& p, int threads) {
   parallel_for(threads, p.tokens, [&](int64_t token) {
     const T* out = static_cast<const T*>(p.out) + token * p.stride_out_token;
-    Rank best = 0;
-    for (int64_t id = 0; id < p.limit; ++id) {
-      best = higher(best, rank_of(key_of(to_float(out[id])), id));
-    }
-    p.token_ids[token] = greedy_choice(best);
+    p.token_ids[token] = greedy_choice(highest_rank_of(out, p.limit));
   });
 }
 
