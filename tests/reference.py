@@ -172,14 +172,14 @@ _TABLE4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 
 
 def _nearest(x: Tensor) -> Tensor:
-    """The values of the table of 16 next to x, rounded to an integer; the larger value half-way."""
+    """The values of the table of 16 next to x; the larger value half-way."""
     table = torch.tensor(_TABLE4[::-1], dtype=x.dtype)
-    return table[(x.round().unsqueeze(-1) - table).abs().argmin(-1)]
+    return table[(x.unsqueeze(-1) - table).abs().argmin(-1)]
 
 
 def _best_scale(x: Tensor, counts: Tensor) -> Tensor:
     """[]: of the scales that are tried for 32 weights, that with the least weighted error."""
-    extreme = x[x.abs().argmax()]
+    extreme = x.max() if x.max() >= -x.min() else x.min()
     best, least = extreme * 0, torch.inf
     for tried in (0.86, 0.94, 1.02, 1.10):
         for end in (-127, 113):

@@ -59,7 +59,7 @@ MISTRAL_SIMD float finite_magnitude(const float* x, int count) {
   return largest(most) + sum(sum_of_zeros);
 }
 
-// The weight with the largest magnitude.
+// The weight with the largest magnitude. If there are two of either sign, the positive one counts.
 MISTRAL_SIMD float extreme_of(const Group& g) {
   Vec high = broadcast(0.0f), low = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {

@@ -45,16 +45,17 @@ def test_as_good_as_the_reference(isa, form, dtype, generator):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_weight_gets_the_nearest_value(isa, form, generator):
-    weight = torch.randn(33, 256, generator=generator)
+@pytest.mark.parametrize("magnitude", [1, 3e-6, 1e-6])
+def test_every_weight_gets_the_nearest_value(isa, form, magnitude, generator):
+    """In float64. Half-way between two values either will do, as near as fp32 tells. Small scales
+    are rounded to few numbers in fp16, so weights over scales are beyond the ends of the table."""
+    weight = torch.randn(133, 256, generator=generator) * magnitude
     quantized = rounded(weight, form)
-    found = quantized.dequantize()
+    found = quantized.dequantize().double()
     extremes = Quantized(torch.full_like(quantized.values, 0), quantized.scales, form)
-    scales = extremes.dequantize() / TABLE[0]  # value 0 in all places
-    allowed = (weight.unsqueeze(2) - scales.unsqueeze(2) * TABLE).abs().amin(2)
-    # Weights over scales are rounded to integers first: half-way, either neighbour will do.
-    assert ((found - weight).abs() <= allowed + scales.abs() * 1.01).all()
-    assert ((found - weight).abs() <= allowed * 1.001).float().mean() > 0.95
+    scales = extremes.dequantize().double() / TABLE[0]  # value 0 in all places
+    allowed = (weight.double().unsqueeze(2) - scales.unsqueeze(2) * TABLE).abs().amin(2)
+    assert ((found - weight).abs() <= allowed + scales.abs() * 2**-13).all()
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -74,7 +75,7 @@ def test_representable_weights_come_back_to_the_bit(isa, form, generator):
 def test_rms_error_of_normal_weights(generator):
     """The figures of mistral_ext.weights.quantize."""
     weight = torch.randn(64, 4096, generator=generator) * 0.02
-    for form, expected in (("iq4_xs", 0.0750), ("iq4_nl", 0.0745)):
+    for form, expected in (("iq4_xs", 0.0748), ("iq4_nl", 0.0743)):
         error = (rounded(weight, form).dequantize() - weight).norm() / weight.norm()
         assert error.item() == pytest.approx(expected, abs=4e-4)
 

@@ -8,31 +8,33 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int kGroup4 = 32;  // the number of numbers that a call converts
 
-// The index of the element of kTable4 that is nearest to x. Half-way between two elements it takes
-// the larger.
-constexpr int nearest_index(int x) {
+// The index of the element of kTable4 that is nearest to half / 2. Half-way between two elements it
+// takes the larger.
+constexpr int nearest_index(int half) {
   int index = 0;
-  for (int i = 1; i < 16; ++i) index += 2 * x >= kTable4[i - 1] + kTable4[i];
+  for (int i = 1; i < 16; ++i) index += half >= kTable4[i - 1] + kTable4[i];
   return index;
 }
 
-// A bucket is 16 neighbouring integers, from a multiple of 16 on. Bucket i has the integers whose
-// high four bits, as bytes, are i. The integers of a bucket have at most two different nearest
-// indices.
+// The *place* of a number x is the integer part of 2 x - kLowest. Numbers with the same place have
+// the same nearest element, because the middle between two elements is a multiple of 1/2. 32
+// neighbouring places are a bucket. Numbers below all buckets have the nearest element of the first
+// place, numbers above all buckets that of the last place. The numbers of a bucket have at most two
+// different nearest elements. This is so only for few values of kLowest.
+constexpr int kLowest = -242, kBucketBits = 5, kBucketPlaces = 1 << kBucketBits;
+constexpr int kPlaces = 16 * kBucketPlaces;
+
 struct Buckets {
-  int8_t first[16];  // the nearest index of the smallest integer of the bucket
-  int8_t last[16];   // the largest integer with that index; 127: all have it
+  int8_t first[16];  // the index of the first place of the bucket
+  int8_t last[16];   // the last place, from 0 to 31, with that index
 };
 constexpr Buckets buckets() {
   Buckets b{};
-  for (int begin = -128; begin < 128; begin += 16) {
-    const int bits = begin >> 4 & 15, first = nearest_index(begin);
-    b.first[bits] = static_cast<int8_t>(first);
-    b.last[bits] = 127;
-    for (int x = begin; x < begin + 16; ++x) {
-      if (nearest_index(x) == first + 1 && b.last[bits] == 127) {
-        b.last[bits] = static_cast<int8_t>(x - 1);
-      }
+  for (int i = 0; i < 16; ++i) {
+    const int begin = kLowest + i * kBucketPlaces, first = nearest_index(begin);
+    b.first[i] = static_cast<int8_t>(first);
+    for (int place = 0; place < kBucketPlaces; ++place) {
+      if (nearest_index(begin + place) == first) b.last[i] = static_cast<int8_t>(place);
     }
   }
   return b;
@@ -40,27 +42,29 @@ constexpr Buckets buckets() {
 constexpr Buckets kBuckets = buckets();
 
 constexpr bool two_indices_at_most() {
-  for (int x = -128; x < 128; ++x) {
-    const int bits = x >> 4 & 15;
-    if (nearest_index(x) != kBuckets.first[bits] + (x > kBuckets.last[bits])) return false;
+  for (int place = 0; place < kPlaces; ++place) {
+    const int bucket = place / kBucketPlaces;
+    const int later = place % kBucketPlaces > kBuckets.last[bucket];
+    if (nearest_index(kLowest + place) != kBuckets.first[bucket] + later) return false;
   }
-  return true;
+  return nearest_index(kLowest) == 0 && kBuckets.first[15] == 15;
 }
 static_assert(two_indices_at_most(), "each bucket needs its first index and one comparison");
 
-// The functions below round the numbers x * factor to integers first. This makes a difference only
-// within 0.5 of the middle between two elements. If a product is NaN, its index may be any.
+// The functions below find the elements that are nearest to the numbers x * factor. If a product is
+// NaN, or above 2^30, its index may be any. With the scale of its group, no weight is so large.
 
-MISTRAL_SIMD int nearest_index(float x, float factor) {
-  const float scaled = x * factor;
-  const float clamped = scaled < 127 ? scaled > -127 ? scaled : -127 : 127;
-  const float sum = clamped + 0x1.8p23f;  // the low bits hold the nearest integer
-  int32_t bits;
-  memcpy(&bits, &sum, sizeof bits);
-  const auto rounded = static_cast<int8_t>(bits);
-  const int bucket = rounded >> 4 & 15;
-  return kBuckets.first[bucket] + (rounded > kBuckets.last[bucket]);
+MISTRAL_SIMD int place_of(float x, float factor) {
+  const float exact = x * (2 * factor) - kLowest;
+  return static_cast<int>(exact < kPlaces - 1 ? exact > 0 ? exact : 0 : kPlaces - 1);
 }
+
+MISTRAL_SIMD int index_at(int place) {
+  const int bucket = place >> kBucketBits;
+  return kBuckets.first[bucket] + ((place & (kBucketPlaces - 1)) > kBuckets.last[bucket]);
+}
+
+MISTRAL_SIMD int nearest_index(float x, float factor) { return index_at(place_of(x, factor)); }
 
 #if defined(__AVX2__)
 
@@ -70,22 +74,26 @@ MISTRAL_SIMD Bytes32 broadcast_16(const int8_t* p) {
 }
 
 MISTRAL_SIMD Bytes32 nearest_indices(const float* x, float factor) {
+  const __m256 twice = _mm256_set1_ps(2 * factor), lowest = _mm256_set1_ps(kLowest);
   __m256i parts[4];
   for (int i = 0; i < 4; ++i) {
-    const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
-    // The conversion turns a number that does not fit 32 bits into the smallest integer. This is
-    // right for numbers that are too small. The minimum with 127 keeps the others from being too
-    // large.
-    parts[i] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(127)));
+    const __m256 exact = _mm256_fmsub_ps(_mm256_loadu_ps(x + 8 * i), twice, lowest);
+    parts[i] = _mm256_cvttps_epi32(exact);
   }
-  const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
-                                           _mm256_packs_epi32(parts[2], parts[3]));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const Bytes32 rounded = _mm256_permutevar8x32_epi32(mixed, order);
-  const Bytes32 bits = mask_bytes(_mm256_srli_epi16(rounded, 4), 15);
-  const Bytes32 first = _mm256_shuffle_epi8(broadcast_16(kBuckets.first), bits);
-  const Bytes32 last = _mm256_shuffle_epi8(broadcast_16(kBuckets.last), bits);
-  return _mm256_sub_epi8(first, _mm256_cmpgt_epi8(rounded, last));
+  // packus turns negative numbers into 0. Numbers above all buckets go to the last bucket, where
+  // only one element is the nearest, so their place in it does not matter.
+  const __m256i low = _mm256_packus_epi32(parts[0], parts[1]);
+  const __m256i high = _mm256_packus_epi32(parts[2], parts[3]);
+  const __m256i rest = _mm256_set1_epi16(kBucketPlaces - 1);
+  const Bytes32 bucket = _mm256_min_epu8(_mm256_packus_epi16(_mm256_srli_epi16(low, kBucketBits),
+                                                             _mm256_srli_epi16(high, kBucketBits)),
+                                         _mm256_set1_epi8(15));
+  const Bytes32 place =
+      _mm256_packus_epi16(_mm256_and_si256(low, rest), _mm256_and_si256(high, rest));
+  const Bytes32 first = _mm256_shuffle_epi8(broadcast_16(kBuckets.first), bucket);
+  const Bytes32 last = _mm256_shuffle_epi8(broadcast_16(kBuckets.last), bucket);
+  const Bytes32 mixed = _mm256_sub_epi8(first, _mm256_cmpgt_epi8(place, last));
+  return _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 MISTRAL_SIMD void nearest_values(const float* x, float factor, int8_t* out) {
@@ -106,15 +114,24 @@ MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
 
 #else
 
+// A loop of its own, because compilers vectorise it, but no loop that looks indices up.
+MISTRAL_SIMD void places_of(const float* x, float factor, int* places) {
+  for (int i = 0; i < kGroup4; ++i) places[i] = place_of(x[i], factor);
+}
+
 MISTRAL_SIMD void nearest_values(const float* x, float factor, int8_t* out) {
-  for (int i = 0; i < kGroup4; ++i) out[i] = kTable4[nearest_index(x[i], factor)];
+  int places[kGroup4];
+  places_of(x, factor, places);
+  for (int i = 0; i < kGroup4; ++i) out[i] = kTable4[index_at(places[i])];
 }
 
 MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
+  int places[kGroup4];
+  places_of(x, factor, places);
   for (int word = 0; word < kGroup4 / 8; ++word) {
     out[word] = 0;
     for (int i = 0; i < 8; ++i) {
-      out[word] |= static_cast<uint32_t>(nearest_index(x[8 * word + i], factor)) << int4_shift(i);
+      out[word] |= static_cast<uint32_t>(index_at(places[8 * word + i])) << int4_shift(i);
     }
   }
 }
