@@ -101,13 +101,15 @@ struct FewInChunks {
   template <class One>
   static void multiply_one(const WeightRows& w, int64_t count, const char* x, float* out) {
     const int64_t chunks = ceil_div(w.inputs, One::kValues);
+    const int64_t rows_ahead = 1 + kAheadBytes / mistral::max(1, w.row_bytes);
     for (int64_t first = 0; first < count; first += kGroupRows) {
       const WeightRows group = w.from(first);
       const int64_t rows = mistral::min(int64_t{kGroupRows}, count - first);
-      fetch<3>(group.scales + 2 * rows * w.scale_bytes, rows * w.scale_bytes);
       typename One::Sums totals[kGroupRows] = {};
       for (int64_t row = 0; row < rows; ++row) {
         const WeightRows of_row = group.from(row);
+        // Row by row: in slow memory, the scales of a whole group would hold up the values.
+        fetch_weights(of_row.scales + rows_ahead * w.scale_bytes, w.scale_bytes);
         typename One::Sums total = {};
         for (int64_t i = 0; i < chunks; ++i) {
           fetch_weights(of_row.values + i * One::kBytes + kAheadBytes, One::kBytes);
