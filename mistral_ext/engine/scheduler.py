@@ -238,7 +238,7 @@ class Scheduler:
         exact (see `Sequence.exact`)."""
         most = self._needed(sequence)
         # A sequence that was put back gets all slots that it can need, so it does not have to grow.
-        # It is put back again only if a sequence that came earlier grows.
+        # For want of room it is put back again only if a sequence that came earlier grows.
         length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
         match = self.prefixes.find(sequence, self.running())
         extent = self.prefixes.extent(match, length, most)

@@ -37,7 +37,8 @@ from mistral_ext.model.config import MistralConfig
 # The slack of a ring is 1/8 of the window, but at least and at most this many slots.
 _LEAST_SLACK, _MOST_SLACK = 64, 512
 
-# The initial size of an extent is a multiple of this many slots, unless it may not grow so far.
+# The size of an extent is rounded up to a multiple of this many slots, but not past the most that
+# the extent may have. Otherwise an extent might have to grow for every token.
 _STEP = 256
 
 

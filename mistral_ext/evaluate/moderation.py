@@ -1,5 +1,5 @@
-"""Measures how well a model moderates. `Mistral.moderate` judges contents whose category is
-known."""
+"""Measures how well a model moderates. The model judges contents whose category is known, as
+`Mistral.moderate` has it judge them, and its judgements are compared with these categories."""
 
 from __future__ import annotations
 

@@ -212,7 +212,9 @@ class Checkpoint:
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
-        self._heads_in_pairs = {}  # weights in Mistral's order of rows -> number of heads
+        # The number of heads of each weight whose rows the files have in Mistral's order, in which
+        # the rows that RoPE rotates together are neighbours. `_read` reorders the rows of each head.
+        self._heads_in_pairs = {}
         if files.layout.format in ("mistral", "gguf"):
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
 

@@ -119,9 +119,10 @@ struct FiveBits {
   }
 };
 
-// Words of q6_k, with the two high bits of each value. Widens kCount pairs. `further` is the
-// further word, shifted so that its lowest bits are the high bits of the first value. Stored values
-// are 32 too large, so 32 is subtracted.
+// Words of q6_k, with the two high bits of each value. Widens the lowest kCount pairs of `word`: 4,
+// or 2 where a lane takes half a word, which the caller has shifted down. `further` is the further
+// word (csrc/formats.h), shifted so that its lowest bits are the high bits of the first of these
+// values. Stored values are 32 too large, so 32 is subtracted.
 struct SixBits {
   template <class T, int kCount>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
