@@ -115,8 +115,8 @@ auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
 }
 
 // Whether several tokens are packed differently from one token alone. Only products with i8mm need
-// this: they multiply two rows of activations at a time, which are those of two tokens (InBytes), or
-// the high and the low bytes of one token (InHalves).
+// this: they multiply two rows of activations at a time, which are those of two tokens (InBytes),
+// or the high and the low bytes of one token (InHalves).
 template <class Chunk>
 constexpr bool kPacksTogether = false;
 #if defined(__ARM_FEATURE_MATMUL_INT8)
