@@ -1,6 +1,6 @@
-// A task computes one row of logits. It reads the row once for the largest logit and once for the
-// sum of exponentials. If the gradient is wanted, it reads the row a third time and overwrites it
-// with the gradient.
+// A task computes the loss of one row of logits. It reads the row once for the largest logit and
+// once for the sum of exponentials. If the gradient is wanted, it reads the row a third time and
+// overwrites it with the gradient.
 #include "../cross_entropy.h"
 
 #include "kernels.h"

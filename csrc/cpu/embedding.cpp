@@ -14,9 +14,9 @@ namespace {
 constexpr int64_t kTaskValues = 1 << 15;
 
 // Puts 8 unpacked vectors into the order of the row. Before, lane l of vector i is value i of word
-// l (formats.h). Write the place of a value as the bits of its vector followed by the bits of its
-// lane. Each round rotates all these bits to the left by one place. After three rounds the bits of
-// l come first and those of i last, which is the order of the row.
+// l (formats.h). Write the place of a value in binary: the bits of the index of its vector, then
+// the bits of its lane. Each round rotates all these bits to the left by one place. After three
+// rounds the bits of l come first and those of i last, which is the order of the row.
 MISTRAL_SIMD void to_order_of_row(Vec values[8]) {
   for (int round = 0; round < 3; ++round) {
     Vec next[8];

@@ -1,4 +1,6 @@
-// The greedy choice among logits without bias and penalties.
+// Finds the highest rank for sample.cpp, which calls this function for greedy choices without bias
+// and penalties. sample.cpp is compiled only once, but this file is compiled for each instruction
+// set.
 #include "highest_rank.h"
 
 #include "kernels.h"

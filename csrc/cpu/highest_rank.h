@@ -6,7 +6,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int64_t kKeysPerBlock = 512;  // so few that their keys stay in the L1 cache
+// The number of logits in a block. They are so few that their keys stay in the L1 cache.
+constexpr int64_t kKeysPerBlock = 512;
 
 // The same as key_of (sample.h), but without branches, because compilers do not vectorise a loop
 // with branches.

@@ -8,7 +8,7 @@ namespace mistral::cpu {
 
 // Scalar comes first, then the sets of x86, then the sets of aarch64. Within x86 and within aarch64
 // they are listed from slowest to fastest. The order matters: the last supported set is the
-// default, and the build leaves out the sets behind MISTRAL_NEWEST_ISA.
+// default, and the build leaves out the sets after MISTRAL_NEWEST_ISA.
 #define MISTRAL_ISAS(F) \
   F(scalar)             \
   F(avx2)               \

@@ -1,7 +1,8 @@
-// There are two loops over tasks. In the first loop, a task multiplies a block of tokens by a few
-// rows of A. In the second loop, a task adds a block of outputs to `out` for a block of tokens. Two
-// neighbouring tokens with the same adapter are computed together, so that they share the loads of
-// A and B. This does not change the order of the additions of an output.
+// Computes the two formulas of lora.h in two loops over tasks. In the first loop, a task multiplies
+// a block of tokens by a few rows of A, which gives `hidden`. In the second loop, a task multiplies
+// `hidden` by B, and adds a block of outputs to `out` for a block of tokens. Two neighbouring
+// tokens with the same adapter are computed together, so that they share the loads of A and B. This
+// does not change the order of the additions of an output.
 #include "../lora.h"
 
 #include "kernels.h"
@@ -110,7 +111,8 @@ void shrink_rows(const LoraParams& p, int64_t token, int64_t adapter, int64_t pa
   }
 }
 
-// Adds hidden B to outputs [begin, end) of one part, for kTokens tokens with the same adapter.
+// Multiplies `hidden` by B and adds the products to outputs [begin, end) of one part, for kTokens
+// tokens with the same adapter.
 template <class T, class Out, int64_t kTokens>
 void expand(const LoraParams& p, int64_t token, int64_t adapter, int64_t part, int64_t begin,
             int64_t end) {

@@ -16,8 +16,8 @@ constexpr int64_t kBlockTokens = 128;
 constexpr int64_t kSumRows = 4;  // the sums of 4 rows x 2 vectors take 8 registers
 constexpr int64_t kSumVectors = 2;
 
-// Adds hidden^T x of `count` tokens to a block of `out`: kRows rows from `row` on, and kVectors
-// vectors of columns from `column` on. load_at and store_at load and store a vector.
+// Adds the product hidden^T x of `count` tokens to a block of `out`: kRows rows from `row` on, and
+// kVectors vectors of columns from `column` on. load_at and store_at load and store a vector.
 template <class T, int64_t kRows, int64_t kVectors, class Load, class Store>
 void add_products(const LoraGradientParams& p, const int64_t* tokens, int64_t count, int64_t row,
                   int64_t column, float* out, const Load& load_at, const Store& store_at) {

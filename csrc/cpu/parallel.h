@@ -24,8 +24,8 @@ template <class F>
 // Calls run(context, begin, end) for ranges that make up [0, count). The length of every range but
 // the last is a multiple of `unit`. A thread that is free takes half of its equal share of what
 // remains, but at least `least`, which is a positive multiple of `unit`. So ranges get shorter and
-// shorter. The first ranges are long because each range is slow at its start. The last ranges are
-// short so that all threads end at about the same time.
+// shorter. The first ranges are long because each range is slow at its start, until its prefetches
+// have arrived. The last ranges are short so that all threads end at about the same time.
 void parallel_ranges(int threads, int64_t count, int64_t unit, int64_t least,
                      void (*run)(const void* context, int64_t begin, int64_t end),
                      const void* context);

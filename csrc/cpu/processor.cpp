@@ -19,7 +19,8 @@ int64_t l1_bytes() {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #endif
-  return bytes > 0 ? bytes : 32 << 10;  // where the system does not know it: a common size
+  // If the system does not know the size, 32 KB is assumed, which is common.
+  return bytes > 0 ? bytes : 32 << 10;
 }
 
 }  // namespace
@@ -38,7 +39,8 @@ bool amx_permitted() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
-  // ARCH_REQ_XCOMP_PERM, and XFEATURE_XTILEDATA, for which it asks
+  // The number of the request, ARCH_REQ_XCOMP_PERM, and that of the feature for which it asks,
+  // XFEATURE_XTILEDATA.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

@@ -1,4 +1,4 @@
-// A task rounds one row.
+// Rounds weights to iq4_nl and iq4_xs (quantize.h). A task rounds one row.
 //
 // For each 32 values a few scales are tried. Let x be the weights, t the elements of kTable4 that a
 // tried scale chooses for them, and v how much the squared error of each weight counts. For these t
@@ -59,7 +59,8 @@ MISTRAL_SIMD float finite_magnitude(const float* x, int count) {
   return largest(most) + sum(sum_of_zeros);
 }
 
-// The weight with the largest magnitude. If there are two of either sign, the positive one counts.
+// The weight with the largest magnitude. If a positive and a negative weight both have this
+// magnitude, it is the positive one.
 MISTRAL_SIMD float extreme_of(const Group& g) {
   Vec high = broadcast(0.0f), low = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {
@@ -80,7 +81,8 @@ float best_scale(const Group& g) {
   const auto consider = [&](float factor) {
     const Sums sums = sums_with(g, factor);
     const float scale = sums.vxt / sums.vtt, gained = sums.vxt * scale;
-    if (!(gained > most)) return;  // also if it is NaN: weights far too large for fp16 scales
+    // Returns also if `gained` is NaN, as with weights that are far too large for fp16 scales.
+    if (!(gained > most)) return;
     most = gained;
     best = scale;
   };
@@ -125,8 +127,9 @@ float upper_scale(const float* group_scales, f16* out) {
 }
 
 // Returns the multiple of a group that leaves the least error. The middle multiple, which makes the
-// scale nearest to group_scale, and its two neighbours are tried, but not 0. Returns the middle
-// multiple if no multiple reduces the error, or if the sums are not finite.
+// scale nearest to group_scale, and its two neighbours are tried. 0 is not tried, because it would
+// make all weights 0. Returns the middle multiple if no multiple leaves less error than weights of
+// 0, or if the sums are not finite.
 int best_multiple(const Group& g, float group_scale, float upper) {
   const float nearest = rintf(group_scale * inverse(upper));
   const int middle = static_cast<int>(fminf(fmaxf(nearest, kLeastMultiple), kMostMultiple));
@@ -210,7 +213,8 @@ void round_row(const QuantizeParams& p, int64_t row) {
     }
     for (int i = 0; i < count / kGroup4; ++i) {
       const float magnitude = finite_magnitude(groups[i].x, kGroup4);
-      if (largest == largest && !(magnitude <= largest)) largest = magnitude;  // a NaN stays
+      // If a magnitude is NaN, `largest` becomes NaN and stays NaN.
+      if (largest == largest && !(magnitude <= largest)) largest = magnitude;
       if (p.two_levels) continue;
       round_group(groups[i], words + i * kGroup4 / 8,
                   static_cast<f16*>(p.scales) + at / kGroup4 + i);

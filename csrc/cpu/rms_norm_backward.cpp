@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 4;
 
-// Returns sum(x * weight * d_out). The products are summed in blocks, as in add_and_square.
+// Returns sum(x * weight * d_out). The products are summed in blocks, as in add_and_square
+// (norm.h).
 template <class T>
 float weighted_product(const T* x, const T* weight, const T* d_out, int64_t dim) {
   Vec total = broadcast(0.0f);

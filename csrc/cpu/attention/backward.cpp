@@ -1,8 +1,9 @@
 // A task computes d_k and d_v for a block of keys of one key/value head, or d_q for a block of
-// query rows. Row r of a sequence is query head r mod G of token r / G, as in attention.cpp. Each
-// task computes the scores that it needs anew. So no two tasks add to the same sum, and the results
-// do not depend on the number of threads. A task for keys computes the scores transposed, [keys,
-// rows], because the products for d_k and d_v need the probabilities in this order.
+// query rows. G query heads share a key/value head. Row r of a sequence belongs to token r / G, and
+// is number r mod G of these heads, as in attention.cpp. Each task computes the scores that it
+// needs anew. So no two tasks add to the same sum, and the results do not depend on the number of
+// threads. A task for keys computes the scores transposed, [keys, rows], because the products for
+// d_k and d_v need the probabilities in this order.
 //
 // A class of products multiplies tiles. VectorProducts computes in fp32. TileProducts is for bf16
 // on processors with AMX, and uses the tiles of prefill_amx.h.
@@ -19,7 +20,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 // The number of products that are summed before the sum is added to the result. One running sum
-// would lose digits.
+// would lose digits. (A::kDepth of arithmetic.h is another number.)
 constexpr int64_t kDepth = 32;
 
 // Multiplies with vector instructions, in fp32.
@@ -324,8 +325,9 @@ class Head {
   int64_t kv_head_, group_, dim_;
   int64_t rows_, keys_;  // the numbers of rows and keys in the tile
   Block<Products> q_, d_out_, k_, v_;
-  alignas(64) float lse_[kTile];    // of each row
-  alignas(64) float delta_[kTile];  // of each row
+  // The log-sum-exp of each query row of the tile, and its delta (compute_delta).
+  alignas(64) float lse_[kTile];
+  alignas(64) float delta_[kTile];
   // d_q_ is [rows, D], the others are [keys, D]
   alignas(64) float d_q_[kTile * kMaxHeadDim];
   alignas(64) float d_keys_[kTile * kMaxHeadDim];

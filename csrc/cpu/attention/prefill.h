@@ -18,7 +18,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Multiplies with vector instructions.
+// Multiplies with vector instructions. A is Fp32 or Bf16 of arithmetic.h, which also explains
+// kDepth and Operand.
 template <class A>
 struct VectorProducts {
   using Element = typename A::Element;

@@ -1,7 +1,8 @@
 // The products of prefill.h with AMX. 32 query rows are multiplied by 32 keys, or 32 rows of
 // probabilities by 32 columns of values, with the sums in 2 x 2 tile registers. The arrays that
 // prefill.h packs are operands of tile_dot_bf16 (amx.h) without repacking. q and the probabilities
-// are operand a. The transposed keys and the paired values are operand b.
+// are operand a. The transposed keys are operand b, and so are the values, which pack_values
+// interleaves in pairs of keys.
 #pragma once
 
 #include "../simd/amx.h"

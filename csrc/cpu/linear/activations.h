@@ -1,5 +1,6 @@
 // Packs activations: converts them to the type that the kernels multiply, and puts them in the
-// order of k in which the values of the weight format are unpacked.
+// order of k in which the values of the weight format are unpacked. The weights of a call are its
+// parts (linear.h). Parts in different formats may need differently packed activations.
 #pragma once
 
 #include <type_traits>
@@ -47,11 +48,12 @@ void pack_row(const T* x, int64_t inputs, Element* out) {
   }
 }
 
-// Rearranges the packed rows [width, padded K] of one vector of tokens into the layout of gemm.h.
+// Rearranges the packed rows [width, padded K] of one vector of tokens into the layout of gemm.h. A
+// vector of tokens is Vec::width neighbouring tokens, one for each lane.
 template <class Tile>
 void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vectors,
                  int64_t vector, typename Tile::Element* out) {
-  // A unit has 4 bytes: one element or a pair of elements. It moves as a whole.
+  // A unit is 4 bytes here: one element or a pair of elements. It moves as a whole.
   constexpr int64_t kUnits = 8;
   static_assert(sizeof(typename Tile::Element) * Tile::kDepth == sizeof(uint32_t), "");
   const int64_t all = padded(inputs);
@@ -207,8 +209,8 @@ struct Packing<InPairs> {
 };
 #endif
 
-// The type that stands for the packing of a chunk type. It is the same for all chunk types whose
-// activations are packed alike.
+// The type that stands for the packing of a chunk type. If it is the same for two chunk types,
+// their activations are packed alike, so parts of these types can share them.
 template <class Chunk>
 struct PackedAlike {
   using type = Chunk;

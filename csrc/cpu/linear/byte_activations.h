@@ -71,8 +71,10 @@ struct ByteActivations {
 // the low halves of the bytes of these words, odd parts for the high halves.
 struct PairActivations {
   int8_t values[8][4][2][8];  // [block][part][token]
-  float scale[8][2][2];       // the units, [block][row][token], the same for both rows
-  float sum[8][2][2];         // the sums of the integers, times the units, likewise
+  // [block][row][token]. Both rows hold the same numbers, so that one load gives the numbers for
+  // the four sums of a block.
+  float scale[8][2][2];  // the unit of the block
+  float sum[8][2][2];    // the sum of the integers, times the unit
 };
 // A pair takes as many bytes as two tokens.
 static_assert(sizeof(PairActivations) == 2 * sizeof(ByteActivations), "");

@@ -42,7 +42,7 @@ struct ByteVectors : ByteFormat<format> {
     const __m512i mask = _mm512_set1_epi8(kBits == 5 ? 0x10 : 0x30);
     return {_mm512_ternarylogic_epi32(moved, mask, value, 0xea)};  // (a & b) | c
   }
-  // The same for words in the order of memory.
+  // Unpacks words in the order of memory. There the word of a lane has the index lane % 4.
   MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
     return unpacked(words, further, half, [](int lane) { return lane % 4; });
   }

@@ -31,9 +31,11 @@ struct ByteChunk : ByteFormat<format> {
   }
 
   int8x16_t values[8][4];  // [block][part of PairActivations]: 8 values of each row
-  float32x4_t factor[8];   // of each block: that of row 0 twice, that of row 1 twice
-  float32x4_t minimum[8];  // likewise, if kMinimum; multiplies the sums of activations
-  int32x4_t scales[8][2];  // [block][half], likewise, if kScalesOfHalves
+  // In the next three arrays, as in the sums, the first two lanes of a vector belong to row 0 and
+  // the other two to row 1.
+  float32x4_t factor[8];   // the scale of each block
+  float32x4_t minimum[8];  // of each block, if kMinimum; multiplies the sums of activations
+  int32x4_t scales[8][2];  // of the halves of each block, if kScalesOfHalves
 
   MISTRAL_SIMD void take(const char* const (&words)[2], const char* const (&row_scales)[2],
                          int group_log2, int64_t k, int64_t there) {
@@ -92,8 +94,8 @@ struct ByteChunk : ByteFormat<format> {
     return vreinterpretq_u64_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(words) + 16 * block));
   }
 
-  // Unpacks words 2 pair and 2 pair + 1 of a block. `packed` has these words of the first row, then
-  // those of the second row.
+  // Unpacks words 2 * pair and 2 * pair + 1 of a block. `packed` has these words of the first row,
+  // then those of the second row.
   MISTRAL_SIMD void take_words(const char* const (&words)[2], int block, int pair,
                                uint8x16_t packed) {
     // Turns two's complement into unsigned values that are 8 larger.

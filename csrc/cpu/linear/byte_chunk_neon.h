@@ -18,7 +18,9 @@ struct ByteNumbers {
 
   MISTRAL_SIMD void take(const char* row_scales, int group_log2, int64_t k, int64_t there) {
     for (int lane = 0; lane < 8; ++lane) {
-      const int64_t at = k + mistral::min(32 * lane, there - 1);  // past K, activations are 0
+      // A block past the end of the row gets the scale of the last value. Any scale would do,
+      // because activations are 0 there.
+      const int64_t at = k + mistral::min(32 * lane, there - 1);
       if constexpr (Format::kBf16Scales) {
         factors[lane] = to_float(reinterpret_cast<const bf16*>(row_scales)[at >> group_log2]);
         minima[lane] = -8 * factors[lane];

@@ -57,8 +57,8 @@ class ByteRows {
   static constexpr int kTokens = 4;  // the number of tokens that are multiplied at a time
   static constexpr int kGroups = kRows / 16;
 
-  // The sums of a token with kRows rows. Vectors [b], one for each 16 rows, have the sums that are
-  // in 128-bit lane b in byte_chunk_512.h.
+  // The sums of a token with kRows rows. Vector [b][g] has the sums of blocks b and b + 4 of each
+  // super-block, with the 16 rows of group g. In byte_chunk_512.h these sums are in 128-bit lane b.
   using Totals = __m512[4][kGroups];
 
   // Unpacks chunk i of the first kRows rows. If `rows` is less than that, the last row stands for

@@ -1,5 +1,5 @@
 // The scales of 256 values of four rows, for byte_chunk_512.h. Each 128-bit lane belongs to a block
-// of 32 values and has one place for each row.
+// of 32 values. Its four places (mixed_rows.h) belong to the four rows.
 #pragma once
 
 #include "unpack_words.h"
@@ -110,7 +110,8 @@ struct ByteScales {
     const auto numbers = [&](int word) {
       const __m512i of_rows =
           _mm512_permutexvar_epi32(lanes_of([&](int lane) { return lane % 4 * 4 + word; }), bytes);
-      const auto at = [](int lane) {  // byte lane / 4 of the word; 0x80 gives zeros
+      // Each place gets byte lane / 4 of its word as an integer. The indices 0x80 give zero bytes.
+      const auto at = [](int lane) {
         return static_cast<int32_t>(0x80808000u) | (lane % 4 * 4 + lane / 4);
       };
       return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(of_rows, lanes_of(at)));

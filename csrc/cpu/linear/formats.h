@@ -11,7 +11,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 constexpr int64_t kPadding = mistral::max(64, 8 * Vec::width);
 constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 
-// Consecutive rows of one part of the weights, in any format.
+// Consecutive rows of one part (WeightPart of linear.h) of the weights, in any format.
 struct WeightRows {
   WeightFormat format;
   const char* values;

@@ -13,6 +13,8 @@
 //
 //   x [K / kBlockDepth, T / width, kBlockDepth / kDepth, width, kDepth]
 //
+// Here kDepth is 2 if pairs of bf16 are multiplied, else 1 (arithmetic.h).
+//
 // A tile class multiplies R rows by M vectors and sets the sizes of the blocks: VectorTile here, or
 // AmxTile in gemm_amx.h.
 #pragma once
@@ -31,7 +33,7 @@ template <class A>
 struct VectorTile {
   using Element = typename A::Element;
   static constexpr int64_t kDepth = A::kDepth;
-  // The number of values of k in a block: 256 words of 4 bytes for each token or row.
+  // The number of values of k in a block. They take 1 KB for each token or row.
   static constexpr int64_t kBlockDepth = 256 * kDepth;
   static constexpr int64_t kBlockTokens = 256;
   static constexpr int64_t kBlockRows = 96;  // a multiple of rows()
@@ -100,7 +102,7 @@ struct ManyBuffers {
   alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
 
-// The rows of a task. They belong to one part of the weights or, with SwiGLU, to two parts.
+// The rows of a task. They belong to one part of the weights (linear.h) or, with SwiGLU, to two.
 struct TaskRows {
   WeightRows first, second;
   int64_t count;        // the number of rows of `first` and `second` together
@@ -180,7 +182,7 @@ void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack,
 
 // Multiplies up to kTaskRows rows by up to kBlockTokens tokens. The packed x has all_vectors
 // vectors of tokens, of which this call takes `vectors`, from first_vector on. Writes buffers.sums
-// from row first_sum on. May also overwrite sums behind those of `rows`, up to the end of the last
+// from row first_sum on. May also overwrite sums after those of `rows`, up to the end of the last
 // tile.
 template <class Tile>
 void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_sum,

@@ -8,7 +8,7 @@
 //
 // The sum of an output stays a vector until all of k is added: each block of 32 values has a lane
 // or lanes of its own. The panel and the sums of its rows stay in the L2 cache. The activations of
-// 4 tokens (with i8mm of 8 tokens, in pairs) stay in L1.
+// 4 tokens (with i8mm of 4 pairs of tokens, each packed together) stay in L1.
 //
 // AVX-512 with VNNI has another panel (gemm_bytes_512.h). There fewer than kFewest tokens are
 // multiplied as by gemv, because making the panel would take longer than it saves.

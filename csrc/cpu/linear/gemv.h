@@ -38,7 +38,8 @@ constexpr int kTokensAtATime<PlainChunk<A, T>> = Vec::width == 16 ? 8 : 4;
 template <class Chunk, int N>
 constexpr int kRowsAtATime =
     N == 1 || N > 4 || (Vec::width == 16 && N == 2) || (Vec::width == 8 && N > 2) ? 1 : 2;
-// The number of rows in a group.
+// The number of rows in a group of rows. (A group of values is another thing: values that share a
+// scale, as csrc/formats.h says.)
 constexpr int kGroupRows = 8;
 // The number of values in a block of k, which is a range of the values of a row. With several
 // tokens, all rows of a group are multiplied in one block of k before the next block, unless whole
@@ -55,8 +56,8 @@ constexpr int64_t block_values(int tokens, int64_t value_bytes) {
 template <class Chunk>
 constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
 // Whether one token is multiplied by two rows at a time if the rows are short. The rows then share
-// the loads of activations. This pays in formats with groups, in which arithmetic takes the
-// longest.
+// the loads of activations. This pays in formats with groups of values, in which arithmetic takes
+// the longest.
 template <class Chunk>
 constexpr bool kPairsRows = Chunk::kGrouped;
 // The number of independent sums of a row. Neighbouring chunks are added to different sums, because
@@ -101,7 +102,7 @@ MISTRAL_SIMD void fetch_weights(const char* from, int64_t bytes) {
   }
 }
 
-// A stand-in for Chunk::Scales in formats without groups.
+// A stand-in for Chunk::Scales in formats without groups of values.
 struct NoScales {
   struct Loaded {};
   NoScales(int, int64_t) {}
@@ -292,7 +293,8 @@ void multiply_whole_rows(const WeightRows& w, int64_t count,
   }
 }
 
-// The same, for at most kGroupRows rows.
+// out[n * stride_out + r] = the product of row r and token n, for at most kGroupRows rows and N
+// tokens.
 template <class Chunk, int N>
 void multiply_group(const WeightRows& w, int64_t count,
                     const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,

@@ -8,7 +8,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Takes the place of a chunk type where weights of this format are multiplied in bytes.
+// Takes the place of a chunk type (formats.h) where weights of this format are multiplied in bytes.
 template <WeightFormat format>
 struct InBytes {
   struct Arithmetic {

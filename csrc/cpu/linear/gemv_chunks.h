@@ -108,7 +108,8 @@ struct FewInChunks {
       typename One::Sums totals[kGroupRows] = {};
       for (int64_t row = 0; row < rows; ++row) {
         const WeightRows of_row = group.from(row);
-        // Row by row: in slow memory, the scales of a whole group would hold up the values.
+        // The scales are prefetched row by row. If memory is slow, those of a whole group of rows
+        // at once would hold up the values.
         fetch_weights(of_row.scales + rows_ahead * w.scale_bytes, w.scale_bytes);
         typename One::Sums total = {};
         for (int64_t i = 0; i < chunks; ++i) {

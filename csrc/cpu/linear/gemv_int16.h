@@ -1,7 +1,7 @@
 // gemv for weights of 8 and 4 bits in 16-bit integers. Widening every weight to a float would take
 // longer than reading it from memory. One instruction multiplies 16-bit integers and adds pairs of
-// products, which is exact. AVX2 also has an instruction for bytes. But its sums would saturate,
-// unless the activations lost bits.
+// products, which is exact. AVX2 also has an instruction for bytes. But its sums have 16 bits, so
+// activations would have to lose bits to fit.
 //
 // The activations of a token become 16-bit integers, in a unit that is chosen for the token
 // (unit_of in integers.h). A packed token has a head, which holds the unit, and a line for each
@@ -37,8 +37,9 @@ struct Int16Layout {
   using Arithmetic = Int16Arithmetic;
   static constexpr int64_t kStep = Shorts::width;  // the number of values in an operand
   static constexpr int64_t kHead = 32;             // the number of elements in the head: 64 bytes
+  // Products of bf16 pairs are as fast, so only products in fp32 are replaced.
   template <class A>
-  static constexpr bool kFastest = std::is_same_v<A, Fp32>;  // bf16 pairs are as fast
+  static constexpr bool kFastest = std::is_same_v<A, Fp32>;
 };
 
 // A chunk of signed bytes, in the order of memory.

@@ -39,7 +39,8 @@ struct InIntegers {
 template <>
 constexpr int64_t kPackedBytes<InIntegers> = 2;
 
-// Packs the K activations of a token. `out` must be 64-byte aligned.
+// Packs the K activations of a token. `out` must be 64-byte aligned, because TokenHead::of reads
+// the head in place.
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 

@@ -1,5 +1,5 @@
-// gemv for formats that have no chunk. A block of a row is unpacked to floats. The floats stay in
-// the L1 cache while they are multiplied by all tokens.
+// gemv for formats that have no chunk (formats.h). A block of a row is unpacked to floats. The
+// floats stay in the L1 cache while they are multiplied by all tokens.
 #pragma once
 
 #include "gemv.h"

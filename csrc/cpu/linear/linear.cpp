@@ -1,3 +1,5 @@
+// The weights of a call are its parts (linear.h), such as query, key and value, or gate and up.
+//
 // First the activations of each token are packed (activations.h). They are normalised if the layer
 // has a norm, converted, and put in the order in which the weight format unpacks its values. Then
 // each thread multiplies blocks of rows of the weights and writes the outputs. Up to kGemvTokens
@@ -341,8 +343,8 @@ void linear_many(const LinearParams& p, int threads) {
   });
 }
 
-// Writes to p.token_ids the index of the largest of the first p.limit outputs of each token, or -1
-// if a NaN or only -inf is among them.
+// Writes to p.token_ids the index of the largest of the first p.limit outputs of each token. Writes
+// -1 if one of these outputs is NaN, or if all are -inf.
 template <class T>
 void find_largest(const LinearParams& p, int threads) {
   parallel_for(threads, p.tokens, [&](int64_t token) {

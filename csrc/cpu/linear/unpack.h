@@ -1,5 +1,6 @@
-// Unpacks weights of every format to the elements that the kernels multiply. gemv needs this only
-// for formats without a chunk (gemv_unpacked.h).
+// Unpacks weights of every format to the elements that kernels multiply. gemm.h, backward.cpp and
+// embedding.cpp use this. gemv.h has chunks instead (formats.h), which unpack values in registers,
+// and gemv_unpacked.h uses this for the formats without a chunk.
 #pragma once
 
 #include "unpack_words.h"
@@ -11,7 +12,7 @@ constexpr int64_t kUnpacked = 8 * Vec::width;  // the number of values that are 
 // A function that unpacks kUnpacked values of the first row of `w`, from value k on. k is a
 // multiple of kUnpacked. Values past K become finite numbers. They do not matter, because the
 // activations there are 0. If the format consists of words, the values come in the order of
-// Int4Chunk::k_at.
+// Int4Chunk::k_at (formats.h).
 template <class Element>
 using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
 

@@ -20,10 +20,11 @@ MISTRAL_SIMD float half_at(const char* p) {
 }
 MISTRAL_SIMD int byte_at(const char* p) { return static_cast<uint8_t>(*p); }
 
-// Finds the scale and the minimum of a block (0 to 7) of q4_k or q5_k. `bytes` are the 12 bytes of
-// a super-block. Bytes 0 to 3 hold the scales of the first four blocks in their low 6 bits, and
-// bytes 4 to 7 their minima. The other 2 bits of bytes 0 to 7 are the high bits of the scales and
-// minima of the last four blocks, whose low 4 bits are in bytes 8 to 11.
+// Finds the scale and the minimum of a block (0 to 7) of q4_k or q5_k. `bytes` are the 12 bytes in
+// which a super-block packs its scales and minima. Bytes 0 to 3 hold the scales of the first four
+// blocks in their low 6 bits, and bytes 4 to 7 their minima. The other 2 bits of bytes 0 to 7 are
+// the high bits of the scales and minima of the last four blocks, whose low 4 bits are in bytes 8
+// to 11.
 MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* minimum) {
   const int first_scale = byte_at(bytes + block % 4),
             first_minimum = byte_at(bytes + 4 + block % 4);

@@ -1,8 +1,9 @@
-// Floats are multiplied in one of two ways: in fp32, or in pairs of bf16 if the instruction set has
-// products of pairs.
+// Floats are multiplied in one of two ways: in fp32, or in pairs of bf16. For pairs the instruction
+// set must have an instruction that multiplies two elements of each lane and adds both products to
+// the lane's sum.
 //
 // Element is the type of the factors. Operand is a vector of elements. A lane of an operand holds
-// kDepth elements that are neighbours along the sum. An operand has kStep elements.
+// kDepth elements, whose products are added to the same sum. An operand has kStep elements.
 #pragma once
 
 #include "simd.h"
@@ -24,8 +25,8 @@ struct Fp32 {
   static Operand load_row(const T* x) {
     return MISTRAL_ISA::load(x);
   }
-  // Loads kStep columns of kDepth rows, as kDepth operands. A lane gets one column of all the rows,
-  // which are neighbours along the sum.
+  // Loads kStep columns of kDepth rows, as kDepth operands. A lane gets one column of all the rows.
+  // So the products of these rows are added to the same sum.
   template <class T>
   static void load_columns(const T* const rows[kDepth], Operand out[kDepth]) {
     out[0] = MISTRAL_ISA::load(rows[0]);

@@ -1,6 +1,7 @@
 // A vector of floats. This file is compiled for every instruction set, and the vector is as wide as
 // the set allows: 16 lanes (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Most kernels are
-// written once, for all widths. With one lane a kernel is its own plain scalar specification.
+// written once, for all widths. With one lane a kernel is plain scalar code. tests/isas compares
+// most kernels of the other sets with it.
 //
 // Loads widen 16-bit types to fp32. Stores round to nearest even.
 #pragma once

@@ -114,7 +114,8 @@ MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
 
 #else
 
-// A loop of its own, because compilers vectorise it, but no loop that looks indices up.
+// This loop is on its own so that compilers vectorise it. They do not vectorise a loop that also
+// looks up indices.
 MISTRAL_SIMD void places_of(const float* x, float factor, int* places) {
   for (int i = 0; i < kGroup4; ++i) places[i] = place_of(x[i], factor);
 }
