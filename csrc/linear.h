@@ -69,8 +69,9 @@ struct LinearParams {
   bool exact;  // keeps the CPU from rounding activations to 8 bits (gemv_bytes.h)
 
   // Only with argmax.
-  int64_t* token_ids;      // [T]; -1: a candidate is NaN, or all are -inf
-  int64_t limit;           // only the first `limit` outputs are candidates
+  int64_t* token_ids;  // [T]; -1: a candidate is NaN, or all are -inf
+  int64_t limit;       // only the first `limit` outputs are candidates, because the last rows of
+                       // a matrix may stand for no token
   RunningArgmax* running;  // CUDA only
 };
 
@@ -82,7 +83,7 @@ struct LinearRopeParams {
 };
 
 // The gradient of the input of a linear layer, d_x = d_out W. W may have any format. CUDA devices
-// have no kernel for this. There the caller dequantises W and multiplies with the vendor's GEMM.
+// have no kernel for this. There the caller dequantises W and multiplies with torch.
 struct LinearBackwardParams {
   DType dtype;                  // of d_out, d_x and plain weights
   const void* d_out;            // [T, N]; N: the rows of all parts

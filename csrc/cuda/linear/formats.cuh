@@ -49,8 +49,8 @@ struct WeightTile {
 struct Common {
   using Scales = NoScales;
   static constexpr bool kRowScaled = false, kGrouped = false;
-  static constexpr bool kOffset = false;     // see Scaling
-  static constexpr bool kHalfSteps = false;  // 16 values share a Scaling
+  static constexpr bool kOffset = false;     // whether a Scaling (scales.cuh) has an offset
+  static constexpr bool kHalfSteps = false;  // whether a Scaling serves only 16 values, half a step
   static constexpr int kLeastGroup = 32;     // the size of the smallest group, with kGrouped
   static constexpr int kFurtherBytes = 0;    // bytes of further bits in a chunk of one row
   // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of each of 2

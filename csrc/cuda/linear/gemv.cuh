@@ -1,7 +1,8 @@
 // gemv: products of up to 64 tokens. Their speed is limited by reading the weights once.
 //
 // Template parameters: W has the traits of the weight's format (formats.cuh), kM is the number of
-// tiles of 16 rows of the weight in a block of outputs, and kN the number of groups of 8 tokens.
+// tiles of 16 rows of the weight in a block of outputs, and kN the number of octets of tokens (8
+// tokens each).
 //
 // Grid: as many thread blocks as run at the same time, or fewer. A thread block computes one block
 // of 16 kM outputs (8 kM with SwiGLU) after another, gridDim.x apart. Its 8 warps share the chunks
@@ -12,10 +13,10 @@
 // gap.
 //
 // Bytes under way: to read 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB
-// under way. That is 40 KB for each of its 132 multiprocessors. A thread block has 8 warps * 3
-// stages * 2 KB = 48 KB under way (with kM = 2, 8 * 1 * 4 KB = 32 KB). With kM = 1 and kN <= 2, two
-// thread blocks fit on a multiprocessor, unless normalised rows of x take the room: 16 rows of K =
-// 4096 are 129 KB.
+// under way. That is 40 KB for each of its 132 multiprocessors. In each warp one stage is in use,
+// and the others are under way. So a thread block has 8 warps * 3 stages * 2 KB = 48 KB under way
+// (with kM = 2, 8 * 1 * 4 KB = 32 KB). With kM = 1 and kN <= 2, two thread blocks fit on a
+// multiprocessor, unless normalised rows of x take the room: 16 rows of K = 4096 are 129 KB.
 //
 // Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
 // need all of x. With 16 tokens, x has as many bytes as 16 rows of weights of 16 bits, and four
@@ -44,7 +45,7 @@
 
 namespace mistral::cuda {
 
-// The number of groups of 8 tokens whose sums are added up in one round of `reduce`.
+// The number of octets of tokens whose sums are added up in one round of `reduce`.
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
@@ -217,9 +218,9 @@ __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const 
   }
 }
 
-// Adds up the sums of the warps and finishes the outputs, in rounds over tiles and groups of
+// Adds up the sums of the warps and finishes the outputs, in rounds over tiles and octets of
 // tokens. In a round every warp stores its sums to shared memory. Then kRound warps, one for each
-// group of tokens, add them up. `round` counts the rounds of this thread block. Two buffers in
+// octet of tokens, add them up. `round` counts the rounds of this thread block. Two buffers in
 // `partial_sums` alternate, so that a round needs only one barrier.
 template <class W, int kM, int kN, class Finish>
 __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,

@@ -50,7 +50,7 @@ MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
 template <bool kRope>
 struct OutputBlock {
   int part;
-  int count;   // the number of rows from `first` on that exist; with RoPE D, which is enough
+  int count;   // the number of rows from `first` on that exist; with RoPE D, because all rows exist
   int first;   // first row in the part
   int column;  // first column in the output
   bool swiglu;
@@ -124,8 +124,8 @@ __device__ __forceinline__ int skipped_bytes(const void* begin) {
 // kValueBytes and kScaleBytes are those of one stage.
 template <class W, int kM>
 struct StageLayout {
-  // Tiles with further bits are larger, and on some devices a block has only 99 KB of shared
-  // memory.
+  // There is room for 4 tiles in a warp's stages. But tiles with further bits are larger, and on
+  // some devices a block has only 99 KB of shared memory. So a warp has only 3 of them.
   static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
   static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
