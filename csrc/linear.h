@@ -134,8 +134,8 @@ struct DequantizeParams {
 
 namespace cuda {
 
-// The number of which K must be a multiple, so that the rows of all parts can be read in accesses
-// of 16 bytes.
+// K must be a multiple of this number, so that the rows of all parts can be read in accesses of 16
+// bytes.
 int64_t row_unit(const LinearParams& p);
 
 // K must be a multiple of 8. Rows of `out` must be 16-byte aligned, rows of the weight 8-byte

@@ -85,7 +85,7 @@ struct alignas(1024) HopperShared {
   // item before it.
   uint64_t item_full[2], item_empty[2];
   WorkItem items[2];
-  int last[kConsumers];  // for arrives_last
+  int last[kConsumers];  // a word for each consumer, which arrives_last (arrival.cuh) needs
 };
 
 // The tiles of keys that a block multiplies are numbered from 0. Number n uses stage stage_of(n) of

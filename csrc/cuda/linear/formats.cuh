@@ -287,7 +287,8 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 32 * 24; }
   static constexpr int kUnits = 8;
   static constexpr int kUnitSteps = 1;
-  static constexpr int kRowPadding = 32;  // as in PlainWeights, but lanes read 8 bytes
+  // Less than in PlainWeights, because 4 lanes read 8 bytes each of one token.
+  static constexpr int kRowPadding = 32;
 
   static __device__ __forceinline__ int scaled_log2(const LinearParams&) { return 4; }
   // The index of the lane's first value for the first product. Its values for the second product

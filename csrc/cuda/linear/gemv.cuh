@@ -64,7 +64,7 @@ constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
 constexpr int kFixedShared = StageLayout<W, kM>::kBytes + 2 * kRoundSums<kN> * 4;
 
-// The bytes of all that, and with kNorm of the normalised rows of x.
+// The bytes of the stages, of the sums and, with kNorm, of the normalised rows of x.
 template <class W, int kM, int kN, bool kNorm>
 MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
   if (!kNorm) return kFixedShared<W, kM, kN>;
@@ -72,7 +72,7 @@ MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
          p.tokens * normalised_row<W>(p.inputs) * int64_t{sizeof(typename W::Element)};
 }
 
-// The bytes of all that, and with RoPE of the tables of RopeFinish.
+// All bytes of a thread block: those above and, with RoPE, those of the tables of RopeFinish.
 template <class W, int kM, int kN, bool kNorm>
 int64_t linear_shared_bytes(const LinearParams& p) {
   const int64_t of_rope = p.epilogue == Epilogue::rope ? RopeFinish<W>::shared_bytes(p) : 0;
@@ -150,9 +150,9 @@ __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
 }
 
 // Multiplies the operands of step `step` of a chunk, which is step i of its unit. `a` has the
-// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. Where the
-// values that share a Scaling end, adds their scaled sums to `sums`. 2^steps_log2 steps share a
-// Scaling, unless W::kHalfSteps.
+// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. After the
+// last of the values that share a Scaling, adds their scaled sums to `sums`. 2^steps_log2 steps
+// share a Scaling. With W::kHalfSteps each product of a step has a Scaling of its own.
 template <class W, int kM, int kN>
 __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
                                               typename W::Scales (&scales)[kM][2],

@@ -311,8 +311,8 @@ class WeightStream {
   int block_;
   int chunk_ = 0;
   // In each half of a tile, this lane copies from rows lane / 8 and lane / 8 + 4 (copy_values).
-  // Here is the first of them, of the upper half [0] and the lower half [1] of the first tile.
-  // Offsets lead to the others.
+  // The next members are for row lane / 8 of the upper half [0] and of the lower half [1] of the
+  // first tile. copy_values adds offsets for the other rows.
   const char* rows_[2];  // the lane's 16 bytes of the next chunk in these rows
   int rows_left_[2];     // the number of rows of the block from these rows on
   int bytes_left_;       // the number of bytes from rows_ to the end of a row
