@@ -48,10 +48,10 @@ struct AttentionParams {
   // Scratch for partial results. Each result covers a part of the keys of some queries. On CUDA
   // devices it has D + 4 floats per query row (kPartialRow in cuda/attention/merge.cuh).
   //   CPU: attention_scratch_bytes(p) bytes
-  //   CUDA, decode with splits > 1: [S, Hkv, splits, 16, D + 4]
-  //   CUDA, prefill for sm_90a with prefill_splits > 1: in the same memory, because decode is then
-  //     done, [Hkv * tiles * 2, prefill_splits, 64, D + 4] with tiles = prefill_tiles(p)
-  //     (cuda/attention/rows.cuh)
+  //   CUDA, decode with splits > 1: [S, Hkv, splits, 16, D + 4], for up to 16 query rows
+  //   CUDA, prefill for sm_90a with prefill_splits > 1: [Hkv * tiles * 2, prefill_splits, 64,
+  //     D + 4]. `tiles` is prefill_tiles(p) (cuda/attention/rows.cuh). A tile has two times 64
+  //     query rows. Decode is done when prefill begins, so both use the same memory.
   float* partials;
 
   // CUDA only.

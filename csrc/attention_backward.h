@@ -7,9 +7,9 @@
 //   d_v = p^T d_out      d_s = p * (d_out v^T - delta)      d_q = scale * d_s k
 //                                                           d_k = scale * d_s^T q
 //
-// d_k and d_v are sums over the queries of all heads of the group. The kernels compute the scores
-// again instead of storing them, so memory grows with T and not with T^2 (Dao et al. 2022,
-// arXiv:2205.14135, appendix B).
+// d_k and d_v are sums over the queries of all heads that share the key/value head. The kernels
+// compute the scores again instead of storing them, so memory grows with T and not with T^2 (Dao et
+// al. 2022, arXiv:2205.14135, appendix B).
 #pragma once
 
 #ifdef MISTRAL_CUDA

@@ -57,8 +57,9 @@ template <class F>
   }
 }
 
-// The largest head dimension. Every head dimension is a multiple of 32. RoPE rotates the two halves
-// of a head together, so each half must be a whole number of 16-lane vectors.
+// The largest head dimension, for which the CPU kernels of attention have arrays. Every head
+// dimension is a multiple of 32: RoPE rotates the two halves of a head together, so each half must
+// be a whole number of 16-lane vectors.
 constexpr int64_t kMaxHeadDim = 256;
 constexpr bool is_head_dim(int64_t dim) { return dim >= 32 && dim % 32 == 0 && dim <= kMaxHeadDim; }
 

@@ -1,4 +1,4 @@
-// The cross entropy of rows of logits. Its gradient overwrites the logits:
+// The cross entropy of rows of logits. If a gradient is wanted, it overwrites the logits:
 //
 //   loss   = log(sum(exp(logits))) - logits[target]
 //   logits = factor * (exp(logits) / sum(exp(logits)) - (1 at the target))

@@ -1,6 +1,6 @@
 // Looks up the embeddings of tokens, which are rows of a matrix in any format (formats.h):
 //
-//   out = round(weight[token_ids])    the weight in fp32, rounded once to dtype
+//   out = round(weight[token_ids])    scales are applied in fp32, then out is rounded to dtype
 #pragma once
 
 #ifdef MISTRAL_CUDA

@@ -7,8 +7,8 @@
 namespace mistral {
 
 // A weight has N rows of K values. In the list, q is a stored value, and w is the weight that it
-// stands for. d, e, m, s and z are scales. If the list has no formula, w is q times the scale. A
-// "group" is 32, 64 or 128 neighbouring values of a row. "Words" are explained below.
+// stands for. d, e, m, s and z are scales. If the list has no formula, w is q times the scale.
+// "Each group" is each 32, 64 or 128 neighbouring values of a row. "Words" are explained below.
 //   plain   [N, K] in the dtype of x
 //   int8    [N, K] int8; a bf16 scale for each row
 //   int4    words of signed values; a bf16 scale for each group
@@ -59,8 +59,8 @@ enum class WeightFormat {
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
 // Where the further bits of a value begin in their further word. `word` is i above, and `shift` is
-// t. A further word serves four words in q5_k and two words in q6_k. The further bits of a byte lie
-// in the same byte of the further word.
+// t. A further word serves four words in q5_k and two words in q6_k. If a value lies in byte j of
+// its word, its further bits lie in byte j of the further word.
 MISTRAL_HOST_DEVICE constexpr int fifth_bit_shift(int word, int shift) {
   return shift / 8 * 8 + 2 * word + shift % 8 / 4;
 }
@@ -73,11 +73,11 @@ MISTRAL_HOST_DEVICE constexpr int high_bits_shift(int word, int shift) {
 constexpr int8_t kTable4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                 1,    13,   25,  38,  53,  69,  89,  113};
 
-// In q4_k, q5_k, q6_k and iq4_xs, this many neighbouring values share d.
+// In q4_k, q5_k, q6_k and iq4_xs, this many neighbouring values (a super-block) share d.
 constexpr int64_t kSuperBlock = 256;
 
-// The largest K of an int8 weight. With more values in a row, 32-bit sums of integer products could
-// overflow.
+// The largest K of an int8 weight. With more values in a row, the 32-bit sums of integer products
+// in the lanes of a vector could overflow.
 constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
 
 struct FormatInfo {
@@ -88,8 +88,8 @@ struct FormatInfo {
   int64_t element_bits;     // bits of an element of the array of values; 0: those of x's dtype
   int64_t scale_bytes;      // bytes of an element of the array of scales; 0: there are no scales
   int64_t group_scales;     // elements of the array of scales per group (int8: per row)
-  // The sizes of the smallest and the largest group, both powers of two. They are 0 if the whole
-  // row shares a scale, or if there are no scales.
+  // The sizes of the smallest and the largest group, both powers of two. Super-blocks count as
+  // groups here. The sizes are 0 if the whole row shares a scale, or if there are no scales.
   int64_t least_group;
   int64_t most_group;
   int64_t most_inputs = 0;  // the largest K; 0: no limit

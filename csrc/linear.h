@@ -69,8 +69,9 @@ struct LinearParams {
   bool exact;  // keeps the CPU from rounding activations to 8 bits (gemv_bytes.h)
 
   // Only with argmax.
-  int64_t* token_ids;      // [T]; -1: a candidate is NaN, or all are -inf
-  int64_t limit;           // only the first `limit` outputs are candidates
+  int64_t* token_ids;  // [T]; -1: a candidate is NaN, or all are -inf
+  int64_t limit;       // only the first `limit` outputs are candidates, because the last rows of
+                       // a matrix may stand for no token
   RunningArgmax* running;  // CUDA only
 };
 
@@ -82,7 +83,7 @@ struct LinearRopeParams {
 };
 
 // The gradient of the input of a linear layer, d_x = d_out W. W may have any format. CUDA devices
-// have no kernel for this. There the caller dequantises W and multiplies with the vendor's GEMM.
+// have no kernel for this. There the caller dequantises W and multiplies with torch.
 struct LinearBackwardParams {
   DType dtype;                  // of d_out, d_x and plain weights
   const void* d_out;            // [T, N]; N: the rows of all parts
@@ -133,8 +134,8 @@ struct DequantizeParams {
 
 namespace cuda {
 
-// The number of which K must be a multiple, so that the rows of all parts can be read in accesses
-// of 16 bytes.
+// K must be a multiple of this number, so that the rows of all parts can be read in accesses of 16
+// bytes.
 int64_t row_unit(const LinearParams& p);
 
 // K must be a multiple of 8. Rows of `out` must be 16-byte aligned, rows of the weight 8-byte

@@ -140,7 +140,7 @@ MISTRAL_HOST_DEVICE bool stored_after_attention(const Sequence& s, int64_t posit
 
 // Consecutive positions that lie in consecutive slots.
 struct Run {
-  int64_t slot;      // of the first position
+  int64_t slot;      // the slot of the first position
   int64_t position;  // the first position
   int64_t count;     // the number of positions
 };

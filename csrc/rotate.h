@@ -1,5 +1,6 @@
-// Rotary position embedding of heads that are not stored in a ring. `out` is x rotated by the
-// angles of rope.h. The gradient of x is the gradient of `out`, rotated by the negated angles.
+// Rotary position embedding for training, in which heads are not stored in a ring. `out` is x
+// rotated by the angles of rope.h. The gradient of x is the gradient of `out`, rotated by the
+// negated angles.
 #pragma once
 
 #ifdef MISTRAL_CUDA

@@ -31,8 +31,9 @@
 
 namespace mistral {
 
-// One row of the options table. The table is a float64 tensor [M, 7] in the memory of the device,
-// so that a captured CUDA graph can be replayed in every step.
+// One row of the options table. The table is a float64 tensor [M, 7], where M is the number of
+// completions for which there is room. It is in the memory of the device, so that a captured CUDA
+// graph can be replayed in every step.
 struct SamplingOptions {
   double temperature;         // 0: greedy
   double top_k;               // keep the k most likely tokens; 0: all
@@ -48,7 +49,7 @@ struct SamplingOptions {
 constexpr int64_t kSamplingOptionFields = 7;
 static_assert(sizeof(SamplingOptions) == kSamplingOptionFields * sizeof(double));
 
-// One row of the noise table, an int64 tensor [M, 3].
+// One row of the noise table, an int64 tensor [M, 3]. A completion has the same row in all tables.
 struct NoiseState {
   uint64_t seed;
   uint64_t index;  // separates completions with the same seed

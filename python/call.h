@@ -33,8 +33,10 @@ class Call {
         start_(std::move(start)),
         recheck_(std::move(recheck)) {}
 
-  const int64_t workspace_bytes;  // on the device of the tensors
-  const int64_t counters;         // the number of ints on a CUDA device; 0 on the CPU
+  const int64_t workspace_bytes;  // the size of the scratch memory, on the device of the tensors
+  // The number of ints by which the blocks of a CUDA kernel know what other blocks have done. It is
+  // 0 on the CPU.
+  const int64_t counters;
 
   void run(uintptr_t workspace_address, uintptr_t counters_address, ExecutionTarget target) const {
     start_(reinterpret_cast<void*>(workspace_address), reinterpret_cast<int32_t*>(counters_address),
@@ -49,7 +51,8 @@ class Call {
 };
 
 // A list of calls on the CPU that can be run any number of times, one after another, without Python
-// between them. Only one thread at a time may run them.
+// between them. In a small model Python takes as long per call as a kernel, so the engine records a
+// decode step and repeats it. Only one thread at a time may run the calls.
 class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }
@@ -62,7 +65,7 @@ class Recording {
   }
 
   void run(uintptr_t workspace_address, ExecutionTarget threads) const {
-    const WithoutGil without_gil;  // once for all calls
+    const WithoutGil without_gil;  // here, so that the GIL is released once and not in each call
     for (const Call& call : calls_) call.run(workspace_address, 0, threads);
   }
 

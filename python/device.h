@@ -11,6 +11,7 @@
 
 namespace mistral::python {
 
+// The kernels of an op, as the last arguments of `run`.
 #ifdef MISTRAL_CUDA
 #define MISTRAL_KERNELS(op) &cpu::op, &cuda::op
 #else
@@ -66,7 +67,8 @@ class CurrentDevice {
 };
 
 // The id of the CUDA graph into which a stream is being captured, or 0 if it is not being captured.
-// No two graphs share an id.
+// No two graphs share an id. Graphs may run at the same time, so the caller gives each graph its
+// own counters (Call::counters).
 uint64_t capture_id(ExecutionTarget target);
 
 // Reports a failed launch on CUDA device `index`. Throws ValueError if the device is too old for

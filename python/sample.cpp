@@ -96,7 +96,8 @@ Call sample(py::object logits_, py::object rows_, py::object options_, py::objec
   p.stride_logits_row = logits.stride(0);
   // Tables in GPU memory are not read back, because every call would then wait.
   if (!logits.is_cuda()) check_rows(p, options.size(0));
-  const int64_t elements = p.num_rows * vocab_size;  // of each of the two scratch arrays
+  // Each of the two scratch arrays, weights and keys, has this many elements.
+  const int64_t elements = p.num_rows * vocab_size;
   return {elements * int64_t{sizeof *p.weights + sizeof *p.keys}, 0,
           [logits, p, elements](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.weights = static_cast<uint64_t*>(workspace);

@@ -58,8 +58,9 @@ struct RaggedBatch {
 
 // Checks the rows of a sequence table in CPU memory, because the kernels trust them. The tokens and
 // the ring of each row must exist. No two rows may have the same token, or rings that overlap. Only
-// rows with successive single tokens of one sequence may share its ring. Uses only the fields of
-// `p` that RaggedBatch::table_params sets.
+// rows with successive single tokens of one sequence may share its ring, such as tokens that were
+// guessed and are verified in one pass. Uses only the fields of `p` that RaggedBatch::table_params
+// sets.
 void check_rows(const char* op, const AttentionParams& p);
 
 // Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].

@@ -6,10 +6,10 @@
 //
 // expand: a thread owns one vector of outputs for kTile tokens, and goes through the rows of B.
 //
-// Tiles of one token are for decode steps, in which a kernel takes little longer than its launch.
-// Larger tiles are for prompts: A and B are then read fewer times. If the tokens of a tile use
-// different adapters, the tile is computed token by token. An output is summed in the same order
-// whatever the size of the tile.
+// In decode steps, which have few tokens, a tile has one token (kTile = 1), so that there are more
+// blocks. In prompts tiles are larger, so that A and B are read fewer times. If the tokens of a
+// tile use different adapters, the tile is computed token by token. An output is summed in the same
+// order whatever the size of the tile.
 #include "../lora.h"
 
 #include <launch.cuh>

@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRows = 8;      // rows of a tile
-constexpr int kAccesses = 4;  // loads from a row of x for the columns of a tile, one per thread
+constexpr int kAccesses = 4;  // threads of a group, each of which loads once from a row of x
 constexpr int kGroups = kThreads / kAccesses;
 
 template <class T, int N>

@@ -25,7 +25,8 @@ struct Shared {
   // A histogram for each thread. So no atomic operations are needed, and the threads of a warp
   // access different banks.
   uint64_t bins[kBins][kThreads];
-  uint64_t sums[kBins];  // in `select` the sums of the bins; in block_reduce the results of warps
+  // In `select` these are the sums of the bins, in block_reduce the results of the warps.
+  uint64_t sums[kBins];
 };
 
 // ---- Groups of four tokens. If kWide, they are loaded and stored 16 bytes at a time. A key that

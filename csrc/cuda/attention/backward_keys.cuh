@@ -1,8 +1,9 @@
 // The gradients of keys and values.
 //
 // Grid: (tiles of keys, Hkv). A block owns 64 keys of one sequence and key/value head. It goes
-// through all query rows of the group that see any of these keys. So no two blocks add to the same
-// sum. Scores are computed transposed: a row is a key, a column is a query row.
+// through the query rows (rows.cuh) that see any of these keys, in all heads that share the
+// key/value head. So no two blocks add to the same sum. Scores are computed transposed: a row is a
+// key, a column is a query row.
 #pragma once
 
 #include "backward_tile.cuh"

@@ -19,7 +19,7 @@ struct Merged {
 };
 
 // Merges elements d to d + 7 of a row from `parts` partial results. `scale` is p.scale * log2(e).
-// row_of(i) is the address of the row in part i, and read(address) loads 4 floats. Neighbouring
+// row_of(i) is the address of the row in result i, and read(address) loads 4 floats. Neighbouring
 // lanes have neighbouring d. Of 8 such lanes, 4 read the upper half of their 8 elements first. So
 // the 8 lanes together read 128 bytes that lie in different banks of shared memory.
 template <int D, class RowOf, class Read>

@@ -24,7 +24,7 @@ constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
 
 // If a call has at most this many tokens, the keys and values of all its heads are assumed to fit
-// in the L2 cache.
+// in the L2 cache. In Mistral 7B those of 4096 tokens take 16 MB.
 constexpr int kTokensInL2 = 4096;
 
 // The number of registers of a thread after their redistribution. Every thread starts with 168, the
@@ -59,7 +59,7 @@ struct SwizzledTile {
 // the query rows see, or one of several parts of them.
 struct WorkItem {
   Sequence sequence;
-  VisibleKeys keys;  // of all parts
+  VisibleKeys keys;  // the keys that the query rows see, those of the other parts included
   int index;         // index of the sequence
   int kv_head;
   int number;          // index of the tile of query rows among those of all key/value heads
@@ -85,7 +85,7 @@ struct alignas(1024) HopperShared {
   // item before it.
   uint64_t item_full[2], item_empty[2];
   WorkItem items[2];
-  int last[kConsumers];  // for arrives_last
+  int last[kConsumers];  // a word for each consumer, which arrives_last (arrival.cuh) needs
 };
 
 // The tiles of keys that a block multiplies are numbered from 0. Number n uses stage stage_of(n) of

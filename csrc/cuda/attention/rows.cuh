@@ -14,7 +14,7 @@ struct QueryRows {
   int64_t first_token;
   int first_head;  // first query head of the group
   int group;
-  int count;  // tokens * G
+  int count;  // the number of rows: G for each new token
 
   template <class Params>
   __device__ QueryRows(const Params& p, const Sequence& s, int kv_head)
@@ -32,6 +32,7 @@ struct QueryRows {
 };
 
 // Sequences with up to 16 query rows for each key/value head are decoded. All others are prefilled.
+// 16 is the number of rows of a product of the tensor cores (mma_m16n8k16 in ptx.cuh).
 constexpr int kDecodeRows = 16;
 
 MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {

@@ -1,5 +1,6 @@
-// Operations on tiles that the kernels of attention share. An m16n8k16 product takes 16 query rows.
-// Keys and values are in swizzled shared memory. The running softmax is in registers.
+// Operations on tiles that the kernels of attention share. A product of the tensor cores
+// (mma_m16n8k16 in ptx.cuh) takes 16 query rows. Keys and values are in swizzled shared memory. The
+// running softmax is in registers.
 //
 // The product of a warp is a 16 x 8 matrix. Lane l holds four of its elements, in columns 2 * (l %
 // 4) and 2 * (l % 4) + 1. Elements 0 and 1 are in row l / 4, elements 2 and 3 in row l / 4 + 8. So

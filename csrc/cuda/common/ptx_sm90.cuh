@@ -76,8 +76,8 @@ __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::
 // Orders the generic accesses that this thread has made, or has seen complete, before later
 // accesses of wgmma and TMA. It is needed before wgmma or TMA reads what stores or cp.async have
 // written. Either the writing thread calls it, after its stores or completed copies and before the
-// barrier. Or the thread that starts wgmma or TMA calls it, after the barrier. The second way is
-// the only one with cp_async_arrive, because no thread then waits for its own copies.
+// barrier. Or the thread that starts wgmma or TMA calls it, after the barrier. With
+// cp_async_arrive only the second way works, because no thread then waits for its own copies.
 __device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

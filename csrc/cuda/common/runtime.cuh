@@ -17,8 +17,9 @@ cudaError_t start(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...
 }
 
 // The shared memory of the block, as large as the `shared_bytes` of its launch. Kernels declare no
-// static shared arrays, because the emulator could neither poison them nor check their bounds. The
-// memory is aligned to 1024 bytes, as the 128-byte swizzle of TMA and wgmma needs.
+// static shared arrays, because the emulator could neither fill them with NaN before a block begins
+// nor check their bounds. The memory is aligned to 1024 bytes, as the 128-byte swizzle of TMA and
+// wgmma needs.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char shared_memory[];

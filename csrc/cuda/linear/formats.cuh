@@ -49,8 +49,8 @@ struct WeightTile {
 struct Common {
   using Scales = NoScales;
   static constexpr bool kRowScaled = false, kGrouped = false;
-  static constexpr bool kOffset = false;     // see Scaling
-  static constexpr bool kHalfSteps = false;  // 16 values share a Scaling
+  static constexpr bool kOffset = false;     // whether a Scaling (scales.cuh) has an offset
+  static constexpr bool kHalfSteps = false;  // whether a Scaling serves only 16 values, half a step
   static constexpr int kLeastGroup = 32;     // the size of the smallest group, with kGrouped
   static constexpr int kFurtherBytes = 0;    // bytes of further bits in a chunk of one row
   // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of each of 2
@@ -287,7 +287,8 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 32 * 24; }
   static constexpr int kUnits = 8;
   static constexpr int kUnitSteps = 1;
-  static constexpr int kRowPadding = 32;  // as in PlainWeights, but lanes read 8 bytes
+  // Less than in PlainWeights, because 4 lanes read 8 bytes each of one token.
+  static constexpr int kRowPadding = 32;
 
   static __device__ __forceinline__ int scaled_log2(const LinearParams&) { return 4; }
   // The index of the lane's first value for the first product. Its values for the second product

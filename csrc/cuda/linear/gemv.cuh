@@ -1,7 +1,8 @@
 // gemv: products of up to 64 tokens. Their speed is limited by reading the weights once.
 //
 // Template parameters: W has the traits of the weight's format (formats.cuh), kM is the number of
-// tiles of 16 rows of the weight in a block of outputs, and kN the number of groups of 8 tokens.
+// tiles of 16 rows of the weight in a block of outputs, and kN the number of octets of tokens (8
+// tokens each).
 //
 // Grid: as many thread blocks as run at the same time, or fewer. A thread block computes one block
 // of 16 kM outputs (8 kM with SwiGLU) after another, gridDim.x apart. Its 8 warps share the chunks
@@ -12,10 +13,10 @@
 // gap.
 //
 // Bytes under way: to read 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB
-// under way. That is 40 KB for each of its 132 multiprocessors. A thread block has 8 warps * 3
-// stages * 2 KB = 48 KB under way (with kM = 2, 8 * 1 * 4 KB = 32 KB). With kM = 1 and kN <= 2, two
-// thread blocks fit on a multiprocessor, unless normalised rows of x take the room: 16 rows of K =
-// 4096 are 129 KB.
+// under way. That is 40 KB for each of its 132 multiprocessors. In each warp one stage is in use,
+// and the others are under way. So a thread block has 8 warps * 3 stages * 2 KB = 48 KB under way
+// (with kM = 2, 8 * 1 * 4 KB = 32 KB). With kM = 1 and kN <= 2, two thread blocks fit on a
+// multiprocessor, unless normalised rows of x take the room: 16 rows of K = 4096 are 129 KB.
 //
 // Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
 // need all of x. With 16 tokens, x has as many bytes as 16 rows of weights of 16 bits, and four
@@ -44,7 +45,7 @@
 
 namespace mistral::cuda {
 
-// The number of groups of 8 tokens whose sums are added up in one round of `reduce`.
+// The number of octets of tokens whose sums are added up in one round of `reduce`.
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
@@ -63,7 +64,7 @@ constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
 constexpr int kFixedShared = StageLayout<W, kM>::kBytes + 2 * kRoundSums<kN> * 4;
 
-// The bytes of all that, and with kNorm of the normalised rows of x.
+// The bytes of the stages, of the sums and, with kNorm, of the normalised rows of x.
 template <class W, int kM, int kN, bool kNorm>
 MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
   if (!kNorm) return kFixedShared<W, kM, kN>;
@@ -71,7 +72,7 @@ MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
          p.tokens * normalised_row<W>(p.inputs) * int64_t{sizeof(typename W::Element)};
 }
 
-// The bytes of all that, and with RoPE of the tables of RopeFinish.
+// All bytes of a thread block: those above and, with RoPE, those of the tables of RopeFinish.
 template <class W, int kM, int kN, bool kNorm>
 int64_t linear_shared_bytes(const LinearParams& p) {
   const int64_t of_rope = p.epilogue == Epilogue::rope ? RopeFinish<W>::shared_bytes(p) : 0;
@@ -149,9 +150,9 @@ __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
 }
 
 // Multiplies the operands of step `step` of a chunk, which is step i of its unit. `a` has the
-// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. Where the
-// values that share a Scaling end, adds their scaled sums to `sums`. 2^steps_log2 steps share a
-// Scaling, unless W::kHalfSteps.
+// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. After the
+// last of the values that share a Scaling, adds their scaled sums to `sums`. 2^steps_log2 steps
+// share a Scaling. With W::kHalfSteps each product of a step has a Scaling of its own.
 template <class W, int kM, int kN>
 __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
                                               typename W::Scales (&scales)[kM][2],
@@ -217,9 +218,9 @@ __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const 
   }
 }
 
-// Adds up the sums of the warps and finishes the outputs, in rounds over tiles and groups of
+// Adds up the sums of the warps and finishes the outputs, in rounds over tiles and octets of
 // tokens. In a round every warp stores its sums to shared memory. Then kRound warps, one for each
-// group of tokens, add them up. `round` counts the rounds of this thread block. Two buffers in
+// octet of tokens, add them up. `round` counts the rounds of this thread block. Two buffers in
 // `partial_sums` alternate, so that a round needs only one barrier.
 template <class W, int kM, int kN, class Finish>
 __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,

@@ -61,7 +61,7 @@ cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t str
   return launch_linear<W, 2, 8, false>(p, stream, rope...);
 }
 
-// launch_tokens for formats without has_every_kernel.
+// Does what launch_tokens does, for formats that have fewer kernels (has_every_kernel is false).
 template <class W>
 cudaError_t launch_with_few_kernels(const LinearParams& p, bool in_block, cudaStream_t stream) {
   constexpr int kM = W::kFurtherBytes > 0 ? 1 : 2;  // as many tiles as fit in shared memory

@@ -11,7 +11,8 @@
 
 namespace mistral::cuda {
 
-// The most tokens that a block normalises itself.
+// The most tokens that a block normalises itself. The next larger kernel takes up to 32 tokens, but
+// 32 rows of K = 4096 would take more shared memory than a block can have.
 constexpr int kNormTokens = 16;
 
 // The number of elements from one row of normalised x in shared memory to the next. A row is padded

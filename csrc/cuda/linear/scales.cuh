@@ -1,7 +1,7 @@
 // Reads the scales of groups in the layouts of the formats (csrc/formats.h). An object of these
 // types is made from the scales of one group or of several neighbouring groups, in shared memory or
-// in registers. `next(i)` returns a Scaling, where i is its index within 256 values. SixBitScales,
-// ByteScales and SplitScales use i. The other types ignore i and return one Scaling after another,
+// in registers. `next(i)` returns a Scaling. SixBitScales, ByteScales and SplitScales return number
+// i of the Scalings of 256 values. The other types ignore i and return one Scaling after another,
 // so callers must go in the order of the values.
 #pragma once
 

@@ -50,7 +50,7 @@ MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
 template <bool kRope>
 struct OutputBlock {
   int part;
-  int count;   // the number of rows from `first` on that exist; with RoPE D, which is enough
+  int count;   // the number of rows from `first` on that exist; with RoPE D, because all rows exist
   int first;   // first row in the part
   int column;  // first column in the output
   bool swiglu;
@@ -124,8 +124,8 @@ __device__ __forceinline__ int skipped_bytes(const void* begin) {
 // kValueBytes and kScaleBytes are those of one stage.
 template <class W, int kM>
 struct StageLayout {
-  // Tiles with further bits are larger, and on some devices a block has only 99 KB of shared
-  // memory.
+  // There is room for 4 tiles in a warp's stages. But tiles with further bits are larger, and on
+  // some devices a block has only 99 KB of shared memory. So a warp has only 3 of them.
   static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
   static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
@@ -311,8 +311,8 @@ class WeightStream {
   int block_;
   int chunk_ = 0;
   // In each half of a tile, this lane copies from rows lane / 8 and lane / 8 + 4 (copy_values).
-  // Here is the first of them, of the upper half [0] and the lower half [1] of the first tile.
-  // Offsets lead to the others.
+  // The next members are for row lane / 8 of the upper half [0] and of the lower half [1] of the
+  // first tile. copy_values adds offsets for the other rows.
   const char* rows_[2];  // the lane's 16 bytes of the next chunk in these rows
   int rows_left_[2];     // the number of rows of the block from these rows on
   int bytes_left_;       // the number of bytes from rows_ to the end of a row
