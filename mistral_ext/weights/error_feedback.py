@@ -12,8 +12,8 @@ A block of columns b is rounded in one step. Let R[:b, b] be the rows of R befor
 columns. One product, with R[:b, b] R[b, b]^-1, compensates the errors of earlier blocks. Within the
 block a kernel compensates the errors column by column, with R[b, b]^-1.
 
-Only the lower triangle of a symmetric matrix is computed, in blocks of rows. But the blocks on the
-diagonal are computed whole.
+Only the lower triangle of a symmetric matrix is computed, which halves the work. One product
+computes a block of rows, so the blocks on the diagonal are computed whole.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def hessian_of(inputs: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) 
 
     Args:
         inputs: [T, K] float32 for each sequence.
-        sizes: [T] float32 for each sequence, the sizes of the tokens. An error in the output of a
-            token counts relative to the size of the token. None: all tokens have the same size.
+        sizes: [T] float32 for each sequence: at each token the size (root mean square) of the
+            residual stream, to which the matrix's output is added. An error in the output counts
+            relative to this size (calibrate.py says why). None: the size is 1 at all tokens.
     """
     length = inputs[0].shape[1]
     hessian = inputs[0].new_zeros(length, length)

@@ -100,8 +100,8 @@ def _gptq(settings: Mapping[str, Any]) -> Packing:
     symmetric = _choice(settings, "sym", (True, False), True)
     if bits == 8 and not symmetric:
         raise ValueError("sym is False with 8 bits, expected True: zero points need 4 bits")
-    # With static groups only the quantiser used another order. In the file the inputs of a group
-    # are neighbours.
+    # With static groups the quantiser rounds the inputs in another order, but in the file the
+    # inputs of a group are neighbours. So for a reader there is no act-order.
     meta = settings.get("meta")
     static = settings.get("static_groups") or (isinstance(meta, dict) and meta.get("static_groups"))
     act_order = bool(settings.get("desc_act")) and not static

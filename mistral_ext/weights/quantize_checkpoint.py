@@ -55,9 +55,8 @@ def quantize_checkpoint(
             interrupted, the next call continues from there. None: weights are rounded without
             regard to inputs.
         size: the most bytes that the file of weights may have, such as 4200000000, "4.2GB" (10^9)
-            or "4GiB" (2^30). All matrices get 4 bits, except that those that lose the most in 4
-            bits get 8, as far as they fit (`mistral_ext.weights.sensitivity`). None: `bits` is
-            given.
+            or "4GiB" (2^30). The layers' matrices get 4 bits. Those that lose the most in 4 bits
+            get 8 bits instead, as many as fit (`mistral_ext.weights.mixed`). None: `bits` is given.
 
     Returns:
         `target`.
