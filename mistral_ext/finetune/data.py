@@ -36,7 +36,8 @@ class Sample(NamedTuple):
 
     @property
     def prompt(self) -> list[int]:
-        """The ids before the first token with a loss."""
+        """The ids before the first token with a loss. At an evaluation the trainer lets the model
+        write what follows them."""
         first = int(self.weights.nonzero()[0])
         return [int(token_id) for token_id in self.ids[:first]]
 

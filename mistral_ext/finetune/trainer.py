@@ -157,7 +157,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """The number of steps of the whole run, unless `patience` ends it."""
+        """The number of steps of the whole run, if `patience` does not end it earlier."""
         most = self.options.max_steps
         planned = self.options.epochs * self._steps_of_epoch
         return planned if most is None else min(most, planned)

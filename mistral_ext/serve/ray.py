@@ -42,7 +42,8 @@ _NAME = "mistral_ext"  # the name of the application
 # error, and still answers GET /health.
 _SPARE_REQUESTS = 16
 
-# The seconds that replicas have to end, after the seconds that their requests have.
+# When the server ends, requests have `Settings.drain_seconds` to finish. Then replicas have so many
+# seconds to end.
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 

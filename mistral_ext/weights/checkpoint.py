@@ -402,8 +402,8 @@ def _match(
 
 
 def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
-    """Raises ValueError if the embeddings do not have the name that the format gives them. The
-    message shows names that were found."""
+    """Raises ValueError if the embeddings do not have the name that the format gives them. Then
+    most names are probably of another kind, so the message shows some of them."""
     expected = _stored_name("tok_embeddings.weight", weights.layout)
     if expected in found:
         return
@@ -471,7 +471,8 @@ def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
 
 
 def _page_in(tensor: Tensor) -> None:
-    """Reads a mapped tensor from disk, by touching one byte of each of its pages."""
+    """Reads a mapped tensor from disk, by touching one byte of each of its pages. Otherwise the
+    first pass over the weights would wait for the disk."""
     tensor.view(torch.uint8).view(-1)[:: mmap.PAGESIZE].sum()
 
 

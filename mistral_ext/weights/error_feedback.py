@@ -39,7 +39,7 @@ _LEAST_MEAN = 1e-30
 _BLOCK = 256  # the number of columns that are rounded in one step: a block of "iq4_xs"
 # The number of rows of a symmetric matrix that are computed at a time. `_add_squares` computes
 # blocks of _ROWS rows on the diagonal whole. _BLOCK divides _ROWS, so blocks of _BLOCK rows on the
-# diagonal are whole, too.
+# diagonal are whole, too, as `_damped_factor` needs them.
 _ROWS = 2 * _BLOCK
 
 

@@ -16,7 +16,8 @@ from mistral_ext.files import read_json_object
 # The keys of config.json with such settings. The second is that of old versions of
 # compressed-tensors.
 _KEYS = ("quantization_config", "compression_config")
-# The settings file of a folder without such a key -> the method that writes such files.
+# The names of settings files, with the methods that write them. A folder without such a key may
+# have one of these files.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 WHOLE_ROW = -1  # the group size if a row has one scale

@@ -101,7 +101,8 @@ def quantize_checkpoint(
             "load it with quantize="
         )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
-    # The output weights are stored in 8 bits, even if they were tied to the embeddings before.
+    # The new model has output weights of its own, in 8 bits, even if the original uses its
+    # embeddings as output weights (tied embeddings).
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
     wide = checkpoint.Checkpoint(original, torch.float32)
     kept = kept_folder(target)
