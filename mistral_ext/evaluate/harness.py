@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # own models.
 _MAX_TOKENS = 256
 
-# Options of sampling that a task may set: the harness' names -> `SamplingParams`' names.
+# Options of sampling that a task may set. The keys are the harness' names, and the values are the
+# names in `SamplingParams`.
 _SAMPLING = {"top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
 
 
@@ -154,7 +155,8 @@ class HarnessModel:
         self._adapter = adapter
         self._tokenizer = llm.require_tokenizer()
         self._progress = progress
-        self._chats: dict[str, list[int]] = {}  # the text of a conversation -> its tokens
+        # The tokens of conversations. The keys are the texts that `apply_chat_template` returned.
+        self._chats: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:

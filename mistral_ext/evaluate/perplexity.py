@@ -1,13 +1,14 @@
 """Measures perplexity: how well a model predicts a text.
 
-Perplexity is exp of the mean negative log-likelihood of the text's tokens. A text goes through the
-ring cache once, in chunks, so every token is predicted with its whole window, wherever a chunk
-begins. There are no strides or restarts, after which tokens would be predicted with a short
-context. Perplexities can be compared only between models with the same tokenizer.
+Perplexity is exp of the mean negative log-likelihood of the text's tokens. If the model has a
+window, a text goes through the ring cache (engine/slots.py) once, in chunks. So every token is
+predicted with its whole window, wherever a chunk begins. If the text were cut into separate pieces,
+the first tokens of a piece would be predicted with a short context. Perplexities can be compared
+only between models with the same tokenizer.
 
-A model without a window has `max_positions` positions. A longer text is cut into segments of that
-length. Each segment starts with its own beginning-of-text token, and its tokens do not see other
-segments.
+A model without a window has `max_positions` positions, so a longer text has to be cut into segments
+of that length. Each segment starts with its own beginning-of-text token, and its tokens do not see
+other segments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Runs a program with limits. `programs.run_program` starts this file in a separate process, as a
 script and not as a module. The arguments are the limits, the size of the program in bytes and the
-size of a key in bytes. The program and the key come from the input.
+size of a key in bytes. The program and the key come from the input. The key is a secret, which
+shows that a report comes from this file and not from the program.
 
 A program passes if it runs to its end. This file then reports the key and "passed". If the program
 ends earlier, even by `exit(0)`, this file reports the key and a failure, or nothing if the process

@@ -29,14 +29,15 @@ from mistral_ext.text.reply import encode_reply
 
 
 class Sample(NamedTuple):
-    """A sequence of tokens for training, which do not see tokens of other samples."""
+    """A sequence of tokens for training. They do not see the tokens of other samples."""
 
     ids: Tensor  # [n] int32, n >= 2
     weights: Tensor  # [n] float32, the factor of each token's loss; 0: the token is only read
 
     @property
     def prompt(self) -> list[int]:
-        """The ids before the first token with a loss."""
+        """The ids before the first token with a loss. At an evaluation the trainer lets the model
+        write what follows them."""
         first = int(self.weights.nonzero()[0])
         return [int(token_id) for token_id in self.ids[:first]]
 

@@ -24,8 +24,8 @@ class Metrics:
 
     Args:
         folder: the folder of the run.
-        step, evaluated: as in the run's `Progress`. Lines of later steps and evaluations are
-            removed from the file, because a resumed run makes these steps again.
+        step, evaluated: as in the run's `checkpoints.Progress`. Lines of later steps and
+            evaluations are removed from the file, because a resumed run makes them again.
         tensorboard: whether to write the metrics also for TensorBoard, into `folder`/tensorboard.
 
     Raises:

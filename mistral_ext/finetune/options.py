@@ -17,7 +17,7 @@ class TrainingOptions:
     """How to train an adapter.
 
     Args:
-        rank: the rank of the two matrices that are learned for each weight.
+        rank: the rank of the two matrices, A and B, that are learned for each weight.
         alpha: the update of a weight is alpha / rank * B A. None: alpha is 2 * rank.
         targets: the weights of each layer that get an update: some of wq, wk, wv, wo, w1, w3 and
             w2.

@@ -157,7 +157,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """The number of steps of the whole run, unless `patience` ends it."""
+        """The number of steps of the whole run, if `patience` does not end it earlier."""
         most = self.options.max_steps
         planned = self.options.epochs * self._steps_of_epoch
         return planned if most is None else min(most, planned)
@@ -319,7 +319,9 @@ class Trainer:
             cache_tokens=len(self._sample_prompt) + self.options.sample_tokens,
             sampling_defaults=llm.sampling_defaults,
         )
-        writer.adapters = llm.adapters  # the same table, so that no two adapters get the same slot
+        # Both use one table of adapters. With a table each, two adapters could get the same slot in
+        # the model's stacks of matrices (engine/adapters.py).
+        writer.adapters = llm.adapters
         return writer
 
     def _write_adapter(self) -> None:

@@ -281,7 +281,7 @@ def _attention(
     batch, heads, count, dim = query.shape
     kv_heads, end = key.shape[1], spans[0][-1][1]
     table, most = _table(spans, count, kv_heads, key.shape[2], query.device)
-    # [B * Hkv * T, heads of a group, D]
+    # q is [B * Hkv * T, Hq / Hkv, D]: for each key/value head, the query heads that share it.
     q = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(-1, heads // kv_heads, dim)
     k, v = (x[:, :, end - count : end].reshape(-1, 1, dim) for x in (key, value))
     k_pool = v_pool = None

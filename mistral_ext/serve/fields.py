@@ -181,8 +181,8 @@ IGNORED = (
     "verbosity",
 )
 
-# Fields that would change the text, but are not supported: name -> the values without effect. Other
-# values are refused.
+# Fields that would change the text, but are not supported. Only values without effect are accepted,
+# which these schemas describe.
 NEUTRAL: dict[str, Schema] = {
     "functions": {"type": "array", "maxItems": 0},
     "function_call": {"type": "string", "enum": ["none", "auto"]},

@@ -37,7 +37,8 @@ class Record:
 
 class _PrivateFile(RotatingFileHandler):
     """A log file, and the files that replace it when it is large. Only the owner may read files
-    that this class makes. A file that exists already keeps its permissions."""
+    that this class makes, because they have the prompts of users. A file that exists already keeps
+    its permissions."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8")

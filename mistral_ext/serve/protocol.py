@@ -55,7 +55,8 @@ class Job:
             lower if fewer fit into the context. None: the limit is the number that fits.
         stream, include_usage, echo: the fields of the request with these names.
         salt, stop_token_ids: as in `Mistral.request`.
-        structure: the field with the constraint of the completions. None: they have no constraint.
+        structure: the name of the request's field with the constraint of the completions, for
+            error messages. The constraint itself is in `params`. None: they have no constraint.
         tools: the functions that completions may call. None: they may call no functions.
     """
 
@@ -295,7 +296,7 @@ def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> lis
         ApiError: 400 for a text that is too long, or ids that the model does not have; 404 if the
             adapter was removed.
     """
-    # In JSON Schema 1.0 is an integer, too, so an id may be a float.
+    # JSON Schema takes the number 1.0 for an integer, too, so an id may be a float.
     given = [text if isinstance(text, str) else [int(i) for i in text] for text in texts]
     with _refusing("input", "texts"):
         requests = llm.embedding_requests(given, *options)

@@ -38,11 +38,12 @@ _log = logging.getLogger("mistral_ext.serve")
 _NAME = "mistral_ext"  # the name of the application
 
 # Ray counts HTTP requests, but a replica counts completions. Ray may send a replica this many
-# requests more than the replica has places. So the replica refuses requests itself, and can still
-# say whether it is healthy.
+# requests more than the replica has places. So a full replica refuses requests itself, with our own
+# error, and still answers GET /health.
 _SPARE_REQUESTS = 16
 
-# The seconds that replicas have to end, after the seconds that their requests have.
+# When the server ends, requests have `Settings.drain_seconds` to finish. Then replicas have so many
+# seconds to end.
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 

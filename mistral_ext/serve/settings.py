@@ -11,7 +11,7 @@ from typing import Any
 KEY_VARIABLE = "MISTRAL_EXT_API_KEY"  # the environment variable that may hold an API key
 TEMPLATES = ("v1", "v2", "v3", "plain")
 
-# The options that do not fit a server of several replicas on a Ray cluster -> why.
+# The options that do not fit a server of several replicas on a Ray cluster, and the reasons.
 UNFIT_FOR_REPLICAS = {
     "adapter_updates": "a client would reach one replica only",
     "max_unread": "Ray's proxy reads replies ahead of the client",

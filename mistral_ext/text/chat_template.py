@@ -263,7 +263,8 @@ def extend_chat(
     turn), and with a template that trims replies.
     """
     ids = encode_chat(tokenizer, messages, template, tools)
-    # The token with which the model ends a turn may differ from the token that the template writes.
+    # The token with which the model ended the turn may differ from the token that the template
+    # writes. So the cached ids are also tried without their last token.
     for cached in (list(cached_ids), list(cached_ids)[:-1]):
         known = _length_of(tokenizer, ids, transcript(tokenizer, cached))
         if known is not None:
@@ -285,8 +286,8 @@ def _length_of(tokenizer: Tokenizer, ids: Sequence[int], text: bytes) -> int | N
 
 
 def transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The text of ids as bytes. A control token becomes its id between two bytes 0xFF, which do not
-    occur in UTF-8."""
+    """The text of ids as bytes, in which control tokens can be compared, too. A control token
+    becomes its id between two bytes 0xFF, which do not occur in UTF-8."""
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 

@@ -1,6 +1,7 @@
 """Checks constraints of completions: a JSON schema, a regular expression or a Lark grammar.
 
-`grammar` compiles a constraint. Importing this module takes little time.
+`grammar` compiles a constraint, and imports numpy. This module is apart from it, so that the
+command line can check options without waiting for large imports.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_BYTES = 2**16  # the most bytes of a schema, regular expression or grammar
-MOST_LEVELS = 64  # the most levels of nested brackets in it
+MOST_LEVELS = 64  # the most levels of nested brackets in such a text
 
 # The white space that JSON may have between its tokens. Without the limit of 8 a model may write
 # white space up to max_tokens.
@@ -80,8 +81,8 @@ def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def closed(schema: Any) -> Any:
-    """A copy of a schema in which objects with listed properties may have no other properties,
-    unless the schema itself says whether they may."""
+    """Returns a copy of a schema in which objects that list their properties may have no other
+    properties. What the schema itself says about other properties stays."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):

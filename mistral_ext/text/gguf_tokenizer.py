@@ -154,8 +154,8 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """Makes added tokens of the tokens that have one of some types. `ids` has the ids of tokens
-        with a special use, such as "eos". None: the file has no such token."""
+        """Returns the tokens of the given types as added tokens. `ids` has the id of the token for
+        each special use, such as "eos". An id of None means that the file has no such token."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
             if kind in types and text:

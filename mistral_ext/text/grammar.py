@@ -190,7 +190,8 @@ class Grammar:
 
     def bytes_in(self, allowed: NDArray[np.bool_]) -> int:
         """A number for the set of ASCII characters that may come next (as tokens of their own).
-        States with the same set have the same number."""
+        States with the same set have the same number, by which engine/state_guesses.py recognises
+        a state that came before."""
         return hash(allowed[self._bytes].tobytes())
 
     def _problem(self, reason: str) -> ValueError:

@@ -150,7 +150,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
-            optimized=False,  # at compile time results are not measured, so nothing is evaluated
+            # Nothing may be evaluated at compile time, because results are not measured then.
+            optimized=False,
             finalize=_written,
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
@@ -212,8 +213,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # Functions that _Metering inserts into a template
 
     def turn(self, characters: int) -> bool:
-        """Counts a step for an iteration of a loop or a call of a macro, and the characters of the
-        constant text in its body."""
+        """Is called in each iteration of a loop and each call of a macro. Counts the characters of
+        the constant text in the body. `call`, through which templates call, counts the step."""
         METER.get().made(characters)
         return True
 
@@ -226,8 +227,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Metering(NodeTransformer):
-    """Changes a template so that loops and macros count steps, and so that results without a call
-    are measured."""
+    """Changes a template so that loops and macros count steps. The changed template also has the
+    results measured that it makes without a call: lists, tuples, dicts and texts joined by ~."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.visit_Macro(node)

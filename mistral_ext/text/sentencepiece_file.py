@@ -33,7 +33,8 @@ def sentencepiece_vocabulary(
     Args:
         path: the path of the file, for error messages.
         model: the bytes of the model, which are a protocol buffer.
-        added: tokens that SentencePiece must not find by itself. The model may have them too.
+        added: tokens at which a text is cut before SentencePiece encodes the pieces between them
+            (added_tokens.py). The model may have them too.
         bos_id: the id of the beginning-of-text token. None: the model names it.
 
     Raises:
@@ -112,8 +113,9 @@ def _add(
     text.
 
     An added token may have the id of a token of the base vocabulary. If both have the same name,
-    the base token keeps its bytes, unless it becomes a control token. If the names differ, the
-    added token replaces the base token, which should be a reserved one.
+    the base token keeps its bytes. (A control token has no bytes, so a base token that becomes one
+    loses them.) If the names differ, the added token replaces the base token, which should be a
+    reserved one.
     """
     found = []
     for i, token in added.tokens.items():

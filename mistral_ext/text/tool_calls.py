@@ -2,9 +2,10 @@
 
 A model writes calls in the format that it was trained with. Mistral's models write the control
 token [TOOL_CALLS] and a JSON list of all calls. The Hermes models write each call between
-<tool_call> and </tool_call>. A completion with tools has a grammar (`ToolUse.constraint`), so calls
-that are not cut off are valid JSON, name functions that exist, and match their parameters (unless
-the function says `"strict": false`). `tool_parser` relies on this.
+<tool_call> and </tool_call>. A completion with tools has a grammar (`ToolUse.constraint`). So a
+call that is not cut off is valid JSON, and names a function that exists. Its arguments match the
+function's parameters, or are any object if the function says `"strict": false`. `tool_parser`
+relies on the grammar.
 """
 
 from __future__ import annotations

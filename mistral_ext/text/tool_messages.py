@@ -31,7 +31,8 @@ def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     from mistral_common.protocol.instruct import messages as protocol
     from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
 
-    names: dict[str, str] = {}  # id of a call -> name of the function
+    # The names of the functions that were called, by the ids of the calls.
+    names: dict[str, str] = {}
     converted: list[ChatMessage] = []
     for i, message in enumerate(messages):
         content = message.get("content") or ""

@@ -181,7 +181,8 @@ def _read_peft(file: Path, config: MistralConfig) -> dict[str, LowRank]:
         # In older files, and in files saved by hand, names also contain that of the adapter,
         # "default".
         key = tensor.name.removeprefix(PEFT_PREFIX).replace(".default.", ".")
-        if not config.writes_text:  # peft wrapped a model without a head: names lack "model."
+        # If peft wrapped a model without a head, the names in the file lack "model.".
+        if not config.writes_text:
             key = f"model.{key.removeprefix('model.')}"
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
         pairs.add(names.get(f"{module}.weight"), matrix, ("lora_A", "lora_B"), tensor)

@@ -150,7 +150,7 @@ class CalibratedLayers:
     ) -> None:
         """Rounds the matrices `names`, which all have the inputs x, [T, K] for each sequence. Adds
         the rounded matrices to `made`, and replaces those in `wide` by the rounded values in fp32.
-        `sizes` is as in `hessian_of`."""
+        `sizes` is as in `error_feedback.hessian_of`."""
         factor = None
         for name in names:
             full_name, weight = f"layers.{index}.{name}", wide[name]

@@ -82,9 +82,9 @@ def load_weights(
             keep their stored dtype, and weights that must be decoded get that of the embeddings
             (bfloat16 if these are quantised). Weights that stay quantised are not converted.
         progress: show a progress bar if stderr is a terminal.
-        quantize: "int8" (8 bits) or "int4" (4 bits): the weights are quantised, one after another,
-            unless this package has stored them with as many bits. None: the weights are kept as
-            they are stored.
+        quantize: "int8" (8 bits) or "int4" (4 bits): the weights are quantised, one after another.
+            If this package has stored them with that number of bits already, they are kept as they
+            are stored. None: they are kept as they are stored, too.
         device: where the model should run. If the model cannot run there, an error is raised before
             the weights are read. Otherwise the weights are moved there. None: the weights stay on
             the CPU.
@@ -212,8 +212,8 @@ class Checkpoint:
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
-        # The number of heads of each weight whose rows the files have in Mistral's order, in which
-        # the rows that RoPE rotates together are neighbours. `_read` reorders the rows of each head.
+        # The number of heads of each weight whose rows the files have in Mistral's order: the rows
+        # that RoPE rotates together are neighbours. `_read` reorders the rows of each head.
         self._heads_in_pairs = {}
         if files.layout.format in ("mistral", "gguf"):
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
@@ -402,8 +402,8 @@ def _match(
 
 
 def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
-    """Raises ValueError if the embeddings do not have the name that the format gives them. The
-    message shows names that were found."""
+    """Raises ValueError if the embeddings do not have the name that the format gives them. Then
+    most names are probably of another kind, so the message shows some of them."""
     expected = _stored_name("tok_embeddings.weight", weights.layout)
     if expected in found:
         return
@@ -471,7 +471,8 @@ def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
 
 
 def _page_in(tensor: Tensor) -> None:
-    """Reads a mapped tensor from disk, by touching one byte of each of its pages."""
+    """Reads a mapped tensor from disk, by touching one byte of each of its pages. Otherwise the
+    first pass over the weights would wait for the disk."""
     tensor.view(torch.uint8).view(-1)[:: mmap.PAGESIZE].sum()
 
 

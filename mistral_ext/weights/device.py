@@ -18,7 +18,7 @@ from mistral_ext.ops import JoinedWeight, Weight
 
 _LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp has the same limit
 
-# The name of a joined weight -> the weights that it joins, which are multiplied in one pass.
+# Weights that are multiplied in one pass, by the name of the weight into which they are joined.
 TOGETHER = {
     JOINED_QKV: ("attention.wq", "attention.wk", "attention.wv"),
     JOINED_GATE_UP: ("feed_forward.w1", "feed_forward.w3"),

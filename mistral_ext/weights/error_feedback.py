@@ -12,8 +12,8 @@ A block of columns b is rounded in one step. Let R[:b, b] be the rows of R befor
 columns. One product, with R[:b, b] R[b, b]^-1, compensates the errors of earlier blocks. Within the
 block a kernel compensates the errors column by column, with R[b, b]^-1.
 
-Only the lower triangle of a symmetric matrix is computed, in blocks of rows. But the blocks on the
-diagonal are computed whole.
+Only the lower triangle of a symmetric matrix is computed, which halves the work. One product
+computes a block of rows, so the blocks on the diagonal are computed whole.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LEAST_MEAN = 1e-30
 _BLOCK = 256  # the number of columns that are rounded in one step: a block of "iq4_xs"
 # The number of rows of a symmetric matrix that are computed at a time. `_add_squares` computes
 # blocks of _ROWS rows on the diagonal whole. _BLOCK divides _ROWS, so blocks of _BLOCK rows on the
-# diagonal are whole, too.
+# diagonal are whole, too, as `_damped_factor` needs them.
 _ROWS = 2 * _BLOCK
 
 
@@ -59,8 +59,9 @@ def hessian_of(inputs: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) 
 
     Args:
         inputs: [T, K] float32 for each sequence.
-        sizes: [T] float32 for each sequence, the sizes of the tokens. An error in the output of a
-            token counts relative to the size of the token. None: all tokens have the same size.
+        sizes: [T] float32 for each sequence: at each token the size (root mean square) of the
+            residual stream, to which the matrix's output is added. An error in the output counts
+            relative to this size (calibrate.py says why). None: the size is 1 at all tokens.
     """
     length = inputs[0].shape[1]
     hessian = inputs[0].new_zeros(length, length)

@@ -45,7 +45,8 @@ LAYOUTS = (
 
 CONFIGS = ("config.json", "params.json")  # Hugging Face's and Mistral's
 
-# The other files of a model, besides its configuration and weights.
+# The other files of a model, besides its configuration and weights. They are downloaded with the
+# model, and copied to a folder that holds a changed model.
 COMPANIONS = (
     generation_config.NAME,
     "tokenizer*",

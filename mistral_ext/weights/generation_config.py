@@ -9,7 +9,7 @@ from mistral_ext.files import read_json_object
 
 NAME = "generation_config.json"
 
-# The file's name of an option -> our name.
+# Our names of the options. The keys are their names in the file.
 _OPTIONS = {
     "temperature": "temperature",
     "top_p": "top_p",

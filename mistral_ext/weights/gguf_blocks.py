@@ -3,9 +3,9 @@
 A row of a matrix is a sequence of blocks of 32 or 256 neighbouring values. Each block has its own
 scales, and an integer q for each value. Types with a minimum stand for scale * q + minimum (Q4_1,
 Q5_1) or scale * q - minimum (Q2_K, Q4_K, Q5_K). The other types stand for scale * (q - offset). In
-IQ4_NL and IQ4_XS a table of 16 values takes the place of q - offset. K types and IQ4_XS have two
-levels of scales: a scale of 4, 6 or 8 bits for each 16 or 32 values, and an fp16 factor of these
-scales for the block.
+IQ4_NL and IQ4_XS a table of 16 values takes the place of q - offset. The types Q2_K to Q6_K and
+IQ4_XS have two levels of scales: a scale of 4, 6 or 8 bits for each 16 or 32 values, and an fp16
+factor of these scales for the block.
 
 Decoding gives the same numbers as ggml's: values, scales and their products are computed in fp32,
 in the same order.
@@ -24,8 +24,8 @@ from torch import Tensor
 from mistral_ext.ops.dequantize import halves, looked_up, scaled, scales_and_minima
 
 # The number of values that are decoded at a time. Intermediate results of so few values stay in the
-# caches. Torch does not split so few values among threads, which would wait for each other longer
-# than they work.
+# caches. From 2**15 values on, torch splits the work among threads, which here would wait for each
+# other longer than they work.
 _AT_ONCE = 2**15 - 1
 
 

@@ -41,7 +41,8 @@ _LEAST_ENTRY = 8 + 4 + 1
 _LEAST_TENSOR = 8 + 4 + 4 + 8
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_NUMBERS: dict[int, np.dtype[Any]] = {  # the number of a type in files -> its dtype
+# The types of numbers in metadata. The keys are the numbers by which files name the types.
+_NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),

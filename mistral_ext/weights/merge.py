@@ -32,8 +32,7 @@ def merge_adapter(
     """Writes a model with an adapter merged into its weights, in Hugging Face's format.
 
     A merged weight is computed in float64 and rounded once. Weights that the adapter does not
-    change keep their bits, unless `dtype` changes them. The folder is either complete or absent
-    (`new_folder`).
+    change are only converted to `dtype`. The folder is either complete or absent (`new_folder`).
 
     Args:
         source: a model folder, or a hub id. Its weights must not be quantised, because rounding to

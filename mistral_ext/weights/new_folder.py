@@ -72,8 +72,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def _remove_if_dead(part: Path, name: str) -> None:
     """Removes a temporary folder if the process that made it has ended. A process locks its folder
-    before it makes the folder `name` inside. If there are other files, the user may have made the
-    folder."""
+    before it makes the folder `name` inside. So if `name` is there and the lock is free, that
+    process has ended. A folder with other contents stays, because the user may have made it."""
     try:
         if os.listdir(part) == [name]:
             with _locked(part) as is_locked:

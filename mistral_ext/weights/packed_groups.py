@@ -27,13 +27,15 @@ _GROUPS = (128, 64, 32)  # group sizes of our formats
 # of its four bytes, _HIGH those of the values in the high halves.
 _LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
 # The number of values that are converted at a time. Intermediate results of so few values stay in
-# the caches. Torch does not split so few values among threads, which would wait for each other
-# longer than they work.
+# the caches. With 8 values of 4 bits in a word, these are fewer than 2**15 words. From 2**15 on,
+# torch splits the work among threads, which here would wait for each other longer than they work.
 _AT_ONCE = 2**18 - 1
 # In AWQ the values of 8 rows share words, so the number of rows that are read at a time is a
 # multiple of 8.
 _ROWS = 8
-_MIDDLES = 0x88888888 - 2**32  # 8 values of 4 bits, each 8: q ^ 8 is q - 8 in two's complement
+# A word of 8 values of 4 bits, each 8. If q is a value from 0 to 15, the bits of q ^ 8 are those of
+# q - 8 in two's complement, so one operation with this word converts 8 values.
+_MIDDLES = 0x88888888 - 2**32
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class GroupedMatrix:
             integers = words.view(torch.uint8)
             if self.order is not None:
                 integers = integers.index_select(1, self.order)
-            torch.bitwise_xor(integers.view(torch.int8), -128, out=out)  # q - 128
+            # If q is a value from 0 to 255, inverting its highest bit gives the bits of q - 128.
+            torch.bitwise_xor(integers.view(torch.int8), -128, out=out)
             return
         out.copy_(_pairs_apart(words) if self.order is None else _reordered(words, self._places))
         if self.zero is None:

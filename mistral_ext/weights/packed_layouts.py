@@ -94,8 +94,9 @@ def awq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
     def block(some: slice) -> Tensor:
         part = words.read()[:, some.start // _PER_WORD : some.stop // _PER_WORD]
         inputs = _transposed(_transposed(part).view(-1, _PER_WORD)).view(_PER_WORD, -1, size // 8)
-        # `inputs` is [8, rows / 8, K / 8]. At first `inputs[i]` has the words of input i of 8, each
-        # with 8 outputs. Then it has the words of the outputs at place i, each with 8 inputs.
+        # `inputs` is [8, rows / 8, K / 8] words. Before the swap, `inputs[i]` has the words of
+        # every eighth input from input i on, each with 8 outputs. After the swap, it has words of
+        # the outputs at place i, each with 8 neighbouring inputs.
         swap_nibbles(inputs)
         out = part.new_empty(some.stop - some.start, size // _PER_WORD)
         for place, output in enumerate(_AWQ):

@@ -16,7 +16,8 @@ from mistral_ext.files import read_json_object
 # The keys of config.json with such settings. The second is that of old versions of
 # compressed-tensors.
 _KEYS = ("quantization_config", "compression_config")
-# The settings file of a folder without such a key -> the method that writes such files.
+# The names of settings files, with the methods that write them. A folder without such a key may
+# have one of these files.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 WHOLE_ROW = -1  # the group size if a row has one scale
@@ -100,8 +101,8 @@ def _gptq(settings: Mapping[str, Any]) -> Packing:
     symmetric = _choice(settings, "sym", (True, False), True)
     if bits == 8 and not symmetric:
         raise ValueError("sym is False with 8 bits, expected True: zero points need 4 bits")
-    # With static groups only the quantiser used another order. In the file the inputs of a group
-    # are neighbours.
+    # With static groups the quantiser rounds the inputs in another order, but in the file the
+    # inputs of a group are neighbours. So for a reader there is no act-order.
     meta = settings.get("meta")
     static = settings.get("static_groups") or (isinstance(meta, dict) and meta.get("static_groups"))
     act_order = bool(settings.get("desc_act")) and not static

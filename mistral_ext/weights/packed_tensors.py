@@ -1,4 +1,8 @@
-"""Takes the stored tensors of a linear layer one by one, and checks them."""
+"""Checks the stored tensors of a packed linear layer, for the readers of the packed formats.
+
+A reader (packed_layouts.py, packed_nf4.py) takes the tensors that its format has, one by one.
+checkpoint.py refuses the tensors of a packed layer that its reader has left.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ Dtypes = tuple[torch.dtype, ...]
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors of a linear layer that no method has taken yet.
+    """The tensors of a linear layer that have not been taken yet. The methods below take them.
 
     Attributes:
         name: the name of the layer in the file.

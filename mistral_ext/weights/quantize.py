@@ -45,12 +45,12 @@ from mistral_ext.ops.quantize import round_to_table
 from mistral_ext.ops.weight import FORMATS, Quantized
 from mistral_ext.weights.names import mistral_name
 
-# The names by which callers choose a format -> the format.
+# Formats, by the names by which callers choose them.
 NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
 _OF_TABLE = ("iq4_xs", "iq4_nl")
 # The formats that `quantize` makes. Other formats come only from files.
 _MADE = ("int8", "int4", "q8_0", *_OF_TABLE)
-# A format -> the format of rows that do not divide into its groups.
+# If rows do not divide into the groups of a format (the key), they get another format (the value).
 _FOR_OTHER_ROWS = {"iq4_xs": "iq4_nl"}
 _DEFAULT_GROUPS = {"int4": 64}
 _OUTPUT_FORMAT = "q8_0"
@@ -77,7 +77,7 @@ class Quantization:
     # stays None if a whole row shares a scale.
     group: int | None = None
     output_format: str = _OUTPUT_FORMAT
-    # Mistral's names of weights with another format -> this format.
+    # The formats of weights that have another format, by Mistral's names of the weights.
     formats: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

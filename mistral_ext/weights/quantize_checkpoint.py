@@ -55,9 +55,8 @@ def quantize_checkpoint(
             interrupted, the next call continues from there. None: weights are rounded without
             regard to inputs.
         size: the most bytes that the file of weights may have, such as 4200000000, "4.2GB" (10^9)
-            or "4GiB" (2^30). All matrices get 4 bits, except that those that lose the most in 4
-            bits get 8, as far as they fit (`mistral_ext.weights.sensitivity`). None: `bits` is
-            given.
+            or "4GiB" (2^30). The layers' matrices get 4 bits. Those that lose the most in 4 bits
+            get 8 bits instead, as many as fit (`mistral_ext.weights.mixed`). None: `bits` is given.
 
     Returns:
         `target`.
@@ -102,7 +101,8 @@ def quantize_checkpoint(
             "load it with quantize="
         )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
-    # The output weights are stored in 8 bits, even if they were tied to the embeddings before.
+    # The new model has output weights of its own, in 8 bits, even if the original uses its
+    # embeddings as output weights (tied embeddings).
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
     wide = checkpoint.Checkpoint(original, torch.float32)
     kept = kept_folder(target)

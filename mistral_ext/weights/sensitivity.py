@@ -109,7 +109,7 @@ class Sensitivities:
             ValueError: as in `measure`, or the folder belongs to another text or model, or is
                 damaged.
         """
-        # `measure` would check only the first 512 tokens.
+        # This call is only for its check of all tokens. `measure` would check the first 512.
         embed(token_ids, self._read("tok_embeddings.weight"))
         weights = hash_of_weights(map(self._unchecked, tensor_shapes(self._config)))
         identity = f"{hash_of_text(token_ids)} {weights} {self._config}"
