@@ -18,7 +18,8 @@ class LoadedAdapter:
 
     Attributes:
         name: the name by which requests ask for the adapter.
-        slot: the adapter's index in the stacks of `model.adapters`.
+        slot: the adapter's index in the stacks of `model.adapters`, which are tensors that hold the
+            weights of all adapters.
         free: the method `AdapterTable.free`. The engine calls it between steps, after a request
             with this adapter has ended, because this request may have been the last one that needed
             the memory of a removed adapter.

@@ -1,10 +1,11 @@
 """Guesses the next tokens of sequences with a draft model, which is a smaller model with the same
 vocabulary.
 
-The draft model has its own cache, with an extent for each sequence that it guesses for. If a
-sequence continues with other tokens than were guessed, its extent is rewound to the last right
-token. The extent of an ended sequence is kept until its memory is needed. Later sequences with the
-same beginning reuse it, above all the next turn of a chat.
+The draft model has its own cache. In it, each sequence that the model guesses for has an extent
+(its slots for keys and values, see `slots`). If a sequence continues with other tokens than were
+guessed, its extent is rewound to the last right token. The extent of an ended sequence is kept
+until its memory is needed. Later sequences with the same beginning reuse it, above all the next
+turn of a chat.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class DraftModel:
     Attributes:
         pool: the draft model's cache.
         prefixes: the extents of sequences that have ended.
-        rows: the number of rows of the last pass of `guess`.
-        is_usual: whether later passes take as long as the last pass of `guess` (see `Step`).
+        rows: the number of tokens that the last pass of `guess` read. They are rows of the pass,
+            not of the sampler.
+        is_usual: whether later passes take as long as the last pass of `guess` (see `runner.Step`).
     """
 
     def __init__(

@@ -1,5 +1,8 @@
-"""The options of a completion: how to choose tokens, and when to stop. This module does not import
-torch."""
+"""The options of a completion: how to choose tokens, and when to stop.
+
+This module does not import torch, because that takes seconds, and the command line checks options
+before it does so.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ _EXPECTED = (
     0.95,
     # A draft model guesses. There is a kind for each quarter in which its probability may lie.
     *(0.3, 0.5, 0.7, 0.9),
-    # The kinds of `StateGuesses`.
+    # The kinds of `StateGuesses`: four for a guess by the last 3 states, four by 2, four by 1. The
+    # four are for runs of 0 to 3.
     *(0.2, 0.4, 0.7, 0.9, 0.2, 0.4, 0.7, 0.9, 0.1, 0.2, 0.4, 0.5),
 )
 _EXPECTED_WEIGHT = 4.0

@@ -1,5 +1,8 @@
 """Runs passes over the weights, for the sequences that the scheduler has chosen.
 
+Shape letters: N sequences of a decode step; T tokens of a pass; E model dimension; V vocabulary
+size.
+
 `Runner` is for the CPU, where a pass is done when the call that makes it returns. It is also for a
 GPU if the environment variable MISTRAL_EXT_GRAPHS is 0. `graph_runner` has the usual runner for a
 GPU.

@@ -15,7 +15,8 @@ than the ring, only its last C tokens are stored.
 
 In this pool a ring has more slots than the window. The additional slots are its *slack*. If the
 slack is n slots, the last n tokens can be taken back (`rewind`), and the next query still finds all
-keys that it sees.
+keys that it sees. This serves a later prompt that shares only the beginning of the tokens. Drafts
+(`drafts`) are stored in the slack too, so a wrong draft replaces no key that is still seen.
 
 An extent begins small. When it is full, it gets twice as many slots, and its tokens are copied to
 them. It grows up to the most slots that its sequence can need. With a window these are the window

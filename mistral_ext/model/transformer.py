@@ -30,7 +30,8 @@ class Cache(Protocol):
 
 @dataclass
 class Layer:
-    """The weights of one layer, named as in Mistral's own checkpoints."""
+    """The weights of one layer, named as in Mistral's own checkpoints. `qkv` and `gate_up` are
+    groups of weights, which are multiplied in one pass."""
 
     attention_norm: Tensor  # [E]
     qkv: Weights  # wq [Hq * D, E], wk [Hkv * D, E], wv [Hkv * D, E]
