@@ -160,8 +160,9 @@ class DraftModel:
         for sequence in [s for s in self._places if s not in sequences]:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
-            # Count all tokens as exact, generated ones too, so that other sequences may reuse all
-            # of them. Their keys may differ in the last bits, which at most makes guesses worse.
+            # Count all tokens as exact (see `Sequence.exact`), generated ones too, so that other
+            # sequences may reuse all of them. Their keys may differ in the last bits, which at most
+            # makes guesses worse.
             self.prefixes.add(place.extent, sequence, exact=place.known)
 
     @contextmanager

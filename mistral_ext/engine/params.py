@@ -24,7 +24,7 @@ MOST_DRAFTS = 7
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Options that OpenAI's API or vLLM have too are named
-    as there, and mean the same.
+    as there, and mean the same. The comment of a number begins with its allowed values.
 
     Raises:
         TypeError, ValueError: an option is wrong. The message names the option, its value and what

@@ -43,7 +43,7 @@ _BY_STATE = _BY_MODEL + 4  # the first kind of `StateGuesses`
 _FORGETTING = 0.95  # each check multiplies the weights of earlier checks of its kind by this
 
 # With a grammar, a guess is made only if the chance that all guesses before it are right is at
-# least this.
+# least this. Later guesses would hardly ever be right, and it takes time to look them up.
 _LEAST_CHANCE = 0.1
 
 # The number of tokens that a GPU could have generated while it waits for the host.

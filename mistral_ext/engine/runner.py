@@ -31,7 +31,8 @@ class Piece:
         extent: the extent that stores the keys and values of the tokens.
         token_ids: the tokens.
         logits: the number of tokens at the end of the piece for which to compute logits.
-        adapter: the slot of the sequence's adapter. -1: the sequence has no adapter.
+        adapter: the slot of the sequence's adapter in `model.adapters`, not a slot of the cache.
+            -1: the sequence has no adapter.
         hidden: whether to give the hidden states of these tokens, and not their logits.
     """
 

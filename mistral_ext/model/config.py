@@ -70,7 +70,8 @@ class _FieldError(ValueError):
     names of other fields."""
 
     def __init__(self, field: str, value: object, expected: str, *others: str) -> None:
-        super().__init__(field, value, expected, *others)  # pickle needs all arguments
+        # If the error is pickled for another process, it is made anew there from these arguments.
+        super().__init__(field, value, expected, *others)
         self.fields = (field, *others)
         self.as_argument = f"{field} is {value!r}, expected {expected}"
 
