@@ -174,7 +174,8 @@ class Passes:
         with self._lock:
             self._scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
-        # A matcher must know the token before the next step begins.
+        # A matcher must know the token before the next step begins, because the token decides which
+        # tokens the grammar allows in that step.
         is_free = all(sequence.matcher is None for sequence in sequences)
         # The time of a call that waits for no step says nothing about a step. The call that
         # launches the first step ahead is such a call.

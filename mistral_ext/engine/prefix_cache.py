@@ -45,7 +45,8 @@ class Match:
 @dataclass(frozen=True, eq=False)
 class _Entry:
     extent: Extent
-    ids: list[int]  # the tokens whose keys and values are stored, perhaps with tokens after them
+    # Tokens of the sequence. The extent stores the keys and values of the first extent.length.
+    ids: list[int]
     exact: int  # as `Sequence.exact`
     owner: object  # `Request.prefix_owner`
 

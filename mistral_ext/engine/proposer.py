@@ -73,7 +73,8 @@ class Proposer:
         self._ends = ends
         self._repeats = Repeats(ids)
         self._states: StateGuesses | None = None
-        self._proposed: list[tuple[int, int]] = []  # (token, index of its kind)
+        # The last proposed tokens, each with its kind, which is an index into _EXPECTED.
+        self._proposed: list[tuple[int, int]] = []
         self._begin = 0  # the position that the first proposed token may have
         self._right = [share * _EXPECTED_WEIGHT for share in _EXPECTED]
         self._checked = [_EXPECTED_WEIGHT] * len(_EXPECTED)

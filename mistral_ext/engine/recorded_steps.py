@@ -64,7 +64,8 @@ class _Step:
         self._token_ids = torch.empty(size, dtype=torch.int64, device="cpu")
         self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
         self._h: Tensor  # the result of the recorded step
-        self._weights: Sequence[object] = ()  # those of the last call, which a recording reads
+        # The model's weights at the last call. If there is a recording, it reads these.
+        self._weights: Sequence[object] = ()
         self._can_record = True
         self._recording: Recording | None = None
 

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
 
-# The slack of a ring is 1/8 of the window, but at least and at most this many slots.
+# The slack of a ring is 1/8 of the window, but not less than _LEAST_SLACK slots and not more than
+# _MOST_SLACK.
 _LEAST_SLACK, _MOST_SLACK = 64, 512
 
 # The size of an extent is rounded up to a multiple of this many slots, but not past the most that

@@ -237,7 +237,8 @@ def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
 
 def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
     weight = weights[name]
-    assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has another name
+    # Only the names JOINED_QKV and JOINED_GATE_UP have a JoinedWeight (see `_together`).
+    assert not isinstance(weight, JoinedWeight)
     return weight
 
 
