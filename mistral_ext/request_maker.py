@@ -28,6 +28,9 @@ Prompt = str | Sequence[int]
 class RequestMaker:
     """Makes requests for a model: checks prompts and options, and encodes text.
 
+    `llm.Mistral` inherits this class. `chat`, `moderate`, `moderation_of` and `embed`, to which
+    comments here refer, are methods of it.
+
     Args:
         vocabulary: the model's configuration and folder, and its tokenizer if it has one.
         adapters: the loaded adapters.

@@ -107,8 +107,8 @@ def random_weight(
     values, scales = Quantized.empty(shape, form, group, device)[:2]
     integers = torch.iinfo(values.dtype)
     values.random_(integers.min, integers.max)
-    # Scales that are bytes also hold fp16 numbers in two bytes each. As fp16, 0x1111 is a small
-    # number.
+    # Scales that are bytes also hold fp16 numbers in two bytes each. 0x1111 as fp16 is 6e-4,
+    # which is near the 1e-3 of other formats.
     scales.fill_(1e-3 if scales.is_floating_point() else 0x11)
     return Quantized(values, scales, form)
 

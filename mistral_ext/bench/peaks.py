@@ -1,10 +1,10 @@
 """Measures the limits of this machine's processor with peaks.cpp. Benchmarks give speeds as shares
 of these limits.
 
-The first limit is how fast the threads read memory beyond the caches, in the faster of two simple
-loops. The other limits are how fast the threads multiply and add with all operands in registers.
-There is one for each of `INSTRUCTIONS` that the processor has. peaks.cpp is compiled for this
-machine when it is first needed, which takes some seconds.
+The first limit is how fast the threads read memory beyond the caches. Two simple loops are tried,
+because the processor decides which is faster. The other limits are how fast the threads multiply
+and add with all operands in registers. There is one for each of `INSTRUCTIONS` that the processor
+has. peaks.cpp is compiled for this machine when it is first needed, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-# A size that is larger than the last-level cache of known machines, in bytes. Benchmarks of single
-# ops use it: if a model would read an input from memory, they take turns with several copies of the
-# input, which have this size together.
+# A size that is larger than the last-level cache of known machines, in bytes. A model reads its
+# weights from memory, not from a cache. So benchmarks of single ops use several copies of such an
+# input in turn, which have this size together.
 BEYOND_CACHES = 256 * 2**20
 
 PASSES = 8  # the number of passes of a measurement, by default

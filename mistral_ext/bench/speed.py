@@ -20,7 +20,9 @@ from mistral_ext.bench.models import flops, formats_of, step_bytes
 from mistral_ext.llm import Mistral
 
 _LEAST_TURNS, _MOST_TURNS = 2, 8
-_SECONDS = 6.0  # after this time no new turn of a model begins, if there were _LEAST_TURNS
+# The turns of a model begin within this time. If it is too short for _LEAST_TURNS, these are made
+# all the same.
+_SECONDS = 6.0
 _READ_PASSES = 2
 _COPY_BYTES = 2**30
 _PRODUCT_SIZE = 8192

@@ -1,4 +1,5 @@
-"""Options that several commands share, and what follows from their values.
+"""Options that several commands share, and functions that use their values, above all to load the
+model.
 
 Functions that return a parser make one for the argument `parents` of a command's own parser.
 """

@@ -37,7 +37,8 @@ _COMMANDS = (
     info,
 )
 
-# A name of several words, unless it is part of a path, is quoted, or follows a colon.
+# Finds a name of several words, such as max_tokens, in an error message. A name in a path, in
+# quotes or after a colon is not found: there it belongs to a file, is a value or a key of a file.
 _NAME = re.compile(r"(?<![\w./'-])(?<!: )[a-z]+(_[a-z]+)+(?![\w/']|\.\w)")
 # The name of a file at the beginning of a message.
 _OF_A_FILE = re.compile(r"\S*[/.]\S*:? ")

@@ -61,7 +61,7 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
     cores, rounded up.
 
     A container sees all cores of its machine. If its threads use more time than its quota allows,
-    the kernel stops all of them for the rest of each period. Threads that wait for each other lose
+    Linux stops all of them for the rest of each period. Threads that wait for each other lose
     the most by this.
 
     Args:

@@ -18,7 +18,8 @@ class LoadedAdapter:
 
     Attributes:
         name: the name by which requests ask for the adapter.
-        slot: the adapter's index in the stacks of `model.adapters`.
+        slot: the adapter's index in the stacks of `model.adapters`, which are tensors that hold the
+            weights of all adapters.
         free: the method `AdapterTable.free`. The engine calls it between steps, after a request
             with this adapter has ended, because this request may have been the last one that needed
             the memory of a removed adapter.
@@ -48,9 +49,9 @@ class AdapterTable:
         self._by_name: dict[str, LoadedAdapter] = {}
 
     def reserve(self, count: int) -> None:
-        """Makes the next `load` allocate memory for `count` adapters. Up to this number, later
-        calls need not copy the adapters that are already loaded, unless the new adapter has a
-        larger rank. This holds until an adapter is removed."""
+        """Makes the next `load` allocate memory for `count` adapters at once. Otherwise each `load`
+        copies the adapters that are already loaded to larger memory. It may still do so for an
+        adapter with a larger rank, or after an adapter was removed."""
         self._adapters.reserve(count)
 
     @property
@@ -129,7 +130,7 @@ class AdapterTable:
 
     def _close_gaps(self, in_use: Collection[LoadedAdapter]) -> None:
         """Moves adapters that no request uses into free slots before them, and frees the slots
-        after the last adapter.
+        after the last adapter. Memory can be freed only at the end of a stack.
 
         Adapters that requests use are not moved, because a step under way may still use their slot
         numbers.

@@ -1,10 +1,11 @@
 """Guesses the next tokens of sequences with a draft model, which is a smaller model with the same
 vocabulary.
 
-The draft model has its own cache, with an extent for each sequence that it guesses for. If a
-sequence continues with other tokens than were guessed, its extent is rewound to the last right
-token. The extent of an ended sequence is kept until its memory is needed. Later sequences with the
-same beginning reuse it, above all the next turn of a chat.
+The draft model has its own cache. In it, each sequence that the model guesses for has an extent
+(its slots for keys and values, see `slots`). If a sequence continues with other tokens than were
+guessed, its extent is rewound to the last right token. The extent of an ended sequence is kept
+until its memory is needed. Later sequences with the same beginning reuse it, above all the next
+turn of a chat.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class DraftModel:
     Attributes:
         pool: the draft model's cache.
         prefixes: the extents of sequences that have ended.
-        rows: the number of rows of the last pass of `guess`.
-        is_usual: whether later passes take as long as the last pass of `guess` (see `Step`).
+        rows: the number of tokens that the last pass of `guess` read. They are rows of the pass,
+            not of the sampler.
+        is_usual: whether later passes take as long as the last pass of `guess` (see `runner.Step`).
     """
 
     def __init__(
@@ -158,8 +160,9 @@ class DraftModel:
         for sequence in [s for s in self._places if s not in sequences]:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
-            # Count all tokens as exact, generated ones too, so that other sequences may reuse all
-            # of them. Their keys may differ in the last bits, which at most makes guesses worse.
+            # Count all tokens as exact (see `Sequence.exact`), generated ones too, so that other
+            # sequences may reuse all of them. Their keys may differ in the last bits, which at most
+            # makes guesses worse.
             self.prefixes.add(place.extent, sequence, exact=place.known)
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Chooses drafts, which are guesses of the next tokens of sequences. The pass that computes the
-next token of a sequence also checks its drafts.
+next token of a sequence also checks its drafts. Each token that the pass reads is a *row* of the
+pass: one for each sequence, and one for each draft.
 
 A draft is accepted only if that pass chooses the same token. On the CPU a token gets the same bits
 in all passes of 1 to 8 rows, so drafts change only the speed of a text. On a GPU, the number of
@@ -118,7 +119,9 @@ class Drafter:
         drafting = {sequence: most for sequence, most in given if most and _may_lose(sequence)}
         proposed = {s: self._proposed(s, unknown + most) for s, most in drafting.items()}
         ready = self._ready(plain, proposed)
-        rows: list[tuple[float, Sequence, int]] = []  # chance, sequence, token
+        # For each row that a draft may get: the chance that the draft is right, its sequence, its
+        # token.
+        rows: list[tuple[float, Sequence, int]] = []
         for sequence, guesses in proposed.items():
             if sequence not in ready:
                 rows += _rows(sequence, guesses, unknown)

@@ -12,7 +12,8 @@ def pool(pooled: Tensor, hidden: Tensor, pooling: str) -> None:
 
     Args:
         pooled: [E] fp32, the embedding so far, which is changed. Before the first tokens it must be
-            0. After the last tokens it has the direction of the embedding.
+            0. After the last tokens it has the direction of the embedding, but not its length. The
+            caller normalises it.
         hidden: [n, E] fp32, the tokens' hidden states.
         pooling: one of `POOLINGS`.
     """

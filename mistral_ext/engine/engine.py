@@ -64,7 +64,8 @@ class Engine:
         model: the weights.
         vocab_size: the number of ids that may be sampled.
         max_batch: the most sequences that may generate at a time.
-        prefill_chunk: the most prompt tokens in a pass. A number below 32 counts as 32.
+        prefill_chunk: the most prompt tokens in a pass. A number below 32 counts as 32 (see
+            `prefix_cache.LEAST_PIECE`).
         cache_tokens: the number of tokens that the cache has room for. None: `memory.default_slots`
             chooses it by the free memory.
         holes: ids below vocab_size that no token has, and that are never sampled.
@@ -123,7 +124,8 @@ class Engine:
         # because garbage may be collected while a thread holds it. Then an abandoned `Outputs`
         # aborts its requests, which takes the lock again.
         self._lock = threading.RLock()
-        self._sequences: dict[int, Sequence] = {}  # by id, if neither ended nor aborted
+        # By their ids, the sequences that are still open: they have not ended and were not aborted.
+        self._sequences: dict[int, Sequence] = {}
         self._aborted: list[Sequence] = []
         self._listeners: dict[int, Callable[[Output], object]] = {}
         self._between: deque[Callable[[], object]] = deque()

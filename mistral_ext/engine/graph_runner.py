@@ -38,10 +38,11 @@ class GraphRunner(Runner):
 
     There is a graph for each number of tokens and each way to choose them, with and without biases,
     and with and without adapters. These make up the *kind* of a step. The second step of a kind
-    captures its graph. A graph is kept as long as the runner, but graphs with adapters are dropped
-    when stacks of adapters are made, replaced or removed. If there were graphs only for some
-    numbers of tokens, batches would have to be padded, which would slow their steps. A capture
-    takes about as long as one step that Python launches.
+    captures its graph. A graph is kept as long as the runner. But graphs with adapters read the
+    stacks that hold the weights of adapters (see `model.adapters`), so they are dropped when a
+    stack is made, replaced or removed. If there were graphs only for some numbers of tokens,
+    batches would have to be padded, which would slow their steps. A capture takes about as long as
+    one step that Python launches.
 
     A graph treats a draft as a sequence of its own, which shares the ring of the sequence that it
     belongs to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its
@@ -92,7 +93,8 @@ class GraphRunner(Runner):
     ) -> Verified:
         choice = _Choice.LARGEST if greedy else _Choice.BY_CALLER
         step = self._captured_step(len(token_ids), choice, adapters)
-        step.start([0] * len(token_ids), token_ids, table, adapters)  # no row is used for a draw
+        # The rows of the sampler may be any, because this step draws no token with the sampler.
+        step.start([0] * len(token_ids), token_ids, table, adapters)
         is_usual, results = step.is_captured, step.run()
         return Verified(results.logits, results.token_ids() if greedy else None, is_usual)
 

@@ -18,7 +18,7 @@ class _Plan:
     Attributes:
         rows: the number of rows of the pass.
         expected: the number of tokens that the pass is expected to give.
-        seconds: the time that the guesses took.
+        seconds: the expected time of the draft model's passes that made the guesses.
     """
 
     rows: int

@@ -14,11 +14,11 @@ Otherwise one sequence that generates would hold back all that wait.
 
 from __future__ import annotations
 
-# If no more sequences wait for their prompts than generate, a part of a pass takes at most as long
-# as a decode step, by the times measured so far. By these, the time between two tokens of a
-# sequence at most doubles. In fact it is rarely three times as long. If more sequences wait, a part
-# may take up to this many times as long as a step. A part has at least one layer, even if that
-# takes longer.
+# A part of a pass may take up to this many times as long as a decode step if more sequences wait
+# for their prompts than generate. Otherwise a part may take as long as one decode step, so that the
+# time between two tokens of a sequence at most doubles. The lengths come from times measured before
+# and are sometimes wrong, so now and then that time triples. A part has at least one layer, even if
+# that takes longer.
 _MOST_STEPS = 4.0
 
 # A pass gets twice as many tokens as the last one only if this many layers of the last one fit into

@@ -1,5 +1,8 @@
-"""The options of a completion: how to choose tokens, and when to stop. This module does not import
-torch."""
+"""The options of a completion: how to choose tokens, and when to stop.
+
+This module does not import torch, because that takes seconds, and the command line checks options
+before it does so.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ MOST_DRAFTS = 7
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Options that OpenAI's API or vLLM have too are named
-    as there, and mean the same.
+    as there, and mean the same. The comment of a number begins with its allowed values.
 
     Raises:
         TypeError, ValueError: an option is wrong. The message names the option, its value and what

@@ -1,4 +1,8 @@
-"""Measures what passes over the weights cost, by their number of rows."""
+"""Measures what passes over the weights cost, by their number of rows.
+
+Each token that a pass reads is a row, such as the last token of a sequence, or a draft (see
+`drafts`).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ LEAST_ADVANTAGE = 1.02
 # were not measured.
 _COST_OF_A_ROW = 0.15
 _NEWEST = 0.2  # the weight of the last measurement in the average of all
-_MEMORY = 512  # a measurement that is not renewed for this many engine passes is forgotten
+
+# A measurement that is not renewed for this many passes of the engine is forgotten. Otherwise a
+# number of rows that once seemed slow might never be chosen, and so never be measured again.
+_MEMORY = 512
 
 
 class PassCosts:
@@ -21,7 +28,8 @@ class PassCosts:
 
     def __init__(self) -> None:
         self._passes = 0
-        self._seconds: dict[int, tuple[float, int]] = {}  # rows -> (seconds, number of the pass)
+        # Number of rows -> (average seconds, the value of _passes at the last measurement).
+        self._seconds: dict[int, tuple[float, int]] = {}
 
     def note(self, rows: int, seconds: float) -> None:
         """Notes how many seconds a pass took."""

@@ -1,7 +1,8 @@
 """The two passes over the weights that make up a step of the engine.
 
 `read` reads the next pieces of prompts. `decode` computes the next token of every sequence whose
-prompt has been read. Both append the outputs of the requests to a list.
+prompt has been read. Both append the outputs of the requests to a list. A sequence that was *put
+back* has lost its place in the cache and waits to be read again (see `scheduler`).
 """
 
 from __future__ import annotations
@@ -173,9 +174,12 @@ class Passes:
         with self._lock:
             self._scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
-        # A matcher must know the token before the next step begins.
+        # A matcher must know the token before the next step begins, because the token decides which
+        # tokens the grammar allows in that step.
         is_free = all(sequence.matcher is None for sequence in sequences)
-        waits = False  # stays False if no step is waited for, as for the first one launched ahead
+        # The time of a call that waits for no step says nothing about a step. The call that
+        # launches the first step ahead is such a call.
+        waits = False
         while len(self._under_way) > (self._runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
             waits = True

@@ -17,8 +17,8 @@ from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool
 
 # The least number of tokens in a piece of a prompt, unless the whole prompt is shorter. Other
-# kernels compute smaller pieces and round differently: gemv takes up to 8 tokens, and a kernel of
-# attention up to 16 rows.
+# kernels compute smaller pieces and round differently: gemv takes up to 8 tokens, and the kernel of
+# attention for decode steps up to 16 rows (a row is one token in one query head).
 LEAST_PIECE = 32
 
 
@@ -45,7 +45,8 @@ class Match:
 @dataclass(frozen=True, eq=False)
 class _Entry:
     extent: Extent
-    ids: list[int]  # the tokens whose keys and values are stored, perhaps with tokens after them
+    # Tokens of the sequence. The extent stores the keys and values of the first extent.length.
+    ids: list[int]
     exact: int  # as `Sequence.exact`
     owner: object  # `Request.prefix_owner`
 
@@ -173,7 +174,11 @@ class PrefixCache:
 
 
 def shareable_length(sequence: Sequence) -> int:
-    """The most tokens at the beginning of a prompt that need not be read if the cache has them."""
+    """The most tokens at the beginning of a prompt that need not be read if the cache has them.
+
+    At least the last `LEAST_PIECE` tokens are read, because other kernels would compute fewer.
+    Tokens whose results are requested are read too, and so is all of a prompt with a `chunk`.
+    """
     request = sequence.request
     if request.chunk is not None:
         return 0

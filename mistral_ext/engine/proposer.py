@@ -32,7 +32,8 @@ _EXPECTED = (
     0.95,
     # A draft model guesses. There is a kind for each quarter in which its probability may lie.
     *(0.3, 0.5, 0.7, 0.9),
-    # The kinds of `StateGuesses`.
+    # The kinds of `StateGuesses`: four for a guess by the last 3 states, four by 2, four by 1. The
+    # four are for runs of 0 to 3.
     *(0.2, 0.4, 0.7, 0.9, 0.2, 0.4, 0.7, 0.9, 0.1, 0.2, 0.4, 0.5),
 )
 _EXPECTED_WEIGHT = 4.0
@@ -42,7 +43,7 @@ _BY_STATE = _BY_MODEL + 4  # the first kind of `StateGuesses`
 _FORGETTING = 0.95  # each check multiplies the weights of earlier checks of its kind by this
 
 # With a grammar, a guess is made only if the chance that all guesses before it are right is at
-# least this.
+# least this. Later guesses would hardly ever be right, and it takes time to look them up.
 _LEAST_CHANCE = 0.1
 
 # The number of tokens that a GPU could have generated while it waits for the host.
@@ -72,7 +73,8 @@ class Proposer:
         self._ends = ends
         self._repeats = Repeats(ids)
         self._states: StateGuesses | None = None
-        self._proposed: list[tuple[int, int]] = []  # (token, index of its kind)
+        # The last proposed tokens, each with its kind, which is an index into _EXPECTED.
+        self._proposed: list[tuple[int, int]] = []
         self._begin = 0  # the position that the first proposed token may have
         self._right = [share * _EXPECTED_WEIGHT for share in _EXPECTED]
         self._checked = [_EXPECTED_WEIGHT] * len(_EXPECTED)

@@ -64,7 +64,8 @@ class _Step:
         self._token_ids = torch.empty(size, dtype=torch.int64, device="cpu")
         self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
         self._h: Tensor  # the result of the recorded step
-        self._weights: Sequence[object] = ()  # those of the last call, which a recording reads
+        # The model's weights at the last call. If there is a recording, it reads these.
+        self._weights: Sequence[object] = ()
         self._can_record = True
         self._recording: Recording | None = None
 
@@ -82,8 +83,8 @@ class _Step:
         if not self._can_record:
             self._step()
             return self._h, True
-        # An old recording becomes valid again if its kernels are selected again, but its result is
-        # not `_h` any more once `_step` has run. If `record` is interrupted, none must stay.
+        # The old recording has to go even if `record` is interrupted. It would become valid again
+        # when its kernels are selected again, but `_h` may then be the result of a later step.
         self._recording = None
         self._recording = record(self._step, [self._token_ids])
         self._can_record = self._recording is not None

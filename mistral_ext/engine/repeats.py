@@ -10,7 +10,10 @@ from collections.abc import Sequence as List
 from typing import NamedTuple
 
 _NGRAMS = (2, 3)  # how many of the last tokens are looked up
-_NEAR = 4  # after a match has ended, the text may go on at any of this many tokens after its end
+
+# When a match has ended, the new text may have replaced or left out a few words of the earlier
+# text. So the last token is also looked for among this many tokens after the end of the match.
+_NEAR = 4
 
 
 class Place(NamedTuple):
@@ -43,7 +46,8 @@ class Repeats:
     def __init__(self, ids: List[int]) -> None:
         self._ids = ids
         self._indexed = 0
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position after it
+        # 2 or 3 tokens in a row -> the position after the latest place where they occur.
+        self._after: dict[tuple[int, ...], int] = {}
         self._place = Place()
 
     def place(self) -> Place:

@@ -1,5 +1,8 @@
 """Runs passes over the weights, for the sequences that the scheduler has chosen.
 
+Shape letters: N sequences of a decode step; T tokens of a pass; E model dimension; V vocabulary
+size.
+
 `Runner` is for the CPU, where a pass is done when the call that makes it returns. It is also for a
 GPU if the environment variable MISTRAL_EXT_GRAPHS is 0. `graph_runner` has the usual runner for a
 GPU.
@@ -28,7 +31,8 @@ class Piece:
         extent: the extent that stores the keys and values of the tokens.
         token_ids: the tokens.
         logits: the number of tokens at the end of the piece for which to compute logits.
-        adapter: the slot of the sequence's adapter. -1: the sequence has no adapter.
+        adapter: the slot of the sequence's adapter in `model.adapters`, not a slot of the cache.
+            -1: the sequence has no adapter.
         hidden: whether to give the hidden states of these tokens, and not their logits.
     """
 

@@ -10,9 +10,9 @@ that a long prompt delays them little. Prompts that are being read take turns.
 Prompts and generated tokens are read in separate passes, because kernels for few and for many
 tokens round differently. In a common pass the rest of the batch would decide which kernels a text
 gets. In a pass of at least `LEAST_PIECE` tokens, a token gets the same bits whatever the size of
-the pass. So a piece of a prompt has at least that many tokens, or is the whole prompt, unless the
-request sets `chunk`. The bits are also the same in all passes of up to 8 generated tokens. A prompt
-of up to 8 tokens is read alone.
+the pass. So a piece of a prompt has at least that many tokens, or is the whole prompt. (A request
+that sets `chunk` chooses the sizes of its pieces itself.) The bits are also the same in all passes
+of up to 8 generated tokens. A prompt of up to 8 tokens is read alone.
 
 When a sequence has to grow and there is no room, extents of ended requests are released first. If
 that is not enough, the sequence that came last is *put back*: it loses its extent and waits. Later

@@ -153,7 +153,8 @@ class Sequence:
             self.finish_reason = "length"
         piece, text = "", self.request.text
         if text:
-            # A token that ends a text is not part of the text, even if it is an ordinary token.
+            # A token that ends a text is not part of the text, even if it is an ordinary token that
+            # the request names as an end (`Request.eos_ids`).
             piece = "" if is_end else text.push(token_id)
             if self.finish_reason:
                 piece += text.finish()

@@ -15,7 +15,8 @@ than the ring, only its last C tokens are stored.
 
 In this pool a ring has more slots than the window. The additional slots are its *slack*. If the
 slack is n slots, the last n tokens can be taken back (`rewind`), and the next query still finds all
-keys that it sees.
+keys that it sees. This serves a later prompt that shares only the beginning of the tokens. Drafts
+(`drafts`) are stored in the slack too, so a wrong draft replaces no key that is still seen.
 
 An extent begins small. When it is full, it gets twice as many slots, and its tokens are copied to
 them. It grows up to the most slots that its sequence can need. With a window these are the window
@@ -34,7 +35,8 @@ from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
 
-# The slack of a ring is 1/8 of the window, but at least and at most this many slots.
+# The slack of a ring is 1/8 of the window, but not less than _LEAST_SLACK slots and not more than
+# _MOST_SLACK.
 _LEAST_SLACK, _MOST_SLACK = 64, 512
 
 # The size of an extent is rounded up to a multiple of this many slots, but not past the most that

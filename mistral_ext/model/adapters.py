@@ -2,7 +2,8 @@
 sequences with different adapters.
 
 Each adapter has a slot, which is its index in the stacks. A tensor names the slot of each token's
-adapter. So captured kernels need not be captured again for another adapter.
+adapter. So a CUDA graph that was captured with one adapter (`engine.graph_runner`) also serves
+others.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ GROUPS = {
 
 @dataclass
 class Stack:
-    """The adapters of one group of weights in one layer. The fields are arguments of `ops.lora`."""
+    """The adapters of one group of weights in one layer. The fields are arguments of `ops.lora`.
 
-    a: Tensor  # [slots, parts, max_rank, K]; a part is a weight of the group
+    A *part* is one weight of the group. All parts have K inputs, and together they have N outputs.
+    """
+
+    a: Tensor  # [slots, parts, max_rank, K]
     b: Tensor  # [slots, max_rank, N]
     scales: Tensor  # [slots, parts]
     ranks: Tensor  # [slots, parts]
-    parts: Sequence[int]  # the number of outputs of each weight of the group; N is their sum
+    parts: Sequence[int]  # the number of outputs of each part
 
     @classmethod
     def empty(cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor) -> Stack:

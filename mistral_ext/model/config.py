@@ -53,8 +53,9 @@ _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
 JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 
-# By default a cache has room for at least this many tokens, unless all sequences together cannot
-# have so many.
+# By default a cache has room for at least this many tokens, even if memory is short, because a
+# request that is larger than the cache is refused. The cache is smaller only if all sequences
+# together can have no more tokens than fit into it.
 LEAST_CACHE_TOKENS = 4096
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -69,7 +70,8 @@ class _FieldError(ValueError):
     names of other fields."""
 
     def __init__(self, field: str, value: object, expected: str, *others: str) -> None:
-        super().__init__(field, value, expected, *others)  # pickle needs all arguments
+        # If the error is pickled for another process, it is made anew there from these arguments.
+        super().__init__(field, value, expected, *others)
         self.fields = (field, *others)
         self.as_argument = f"{field} is {value!r}, expected {expected}"
 
@@ -103,7 +105,8 @@ class MistralConfig:
     bos_id: int  # the token that begins a text
     eos_ids: tuple[int, ...]  # each of these tokens ends a text
     dtype: torch.dtype | None = None  # the dtype of the stored weights; None: not in the file
-    tie_word_embeddings: bool = False  # True: if there is no output matrix, the embeddings serve
+    # True: if the weights lack an output matrix, the embeddings serve as output matrix.
+    tie_word_embeddings: bool = False
     rope_scaling: RopeScaling | None = None  # None: RoPE is not scaled
     writes_text: bool = True  # False: an embedding model, which has no output matrix
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
-_FACTORS = "factors"  # the name of the kind from GGUF files, and of its key; transformers has none
+# The `rope_type` of the kind that comes from GGUF files, and the key of its factors in a
+# config.json that we write. transformers does not know this kind.
+_FACTORS = "factors"
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Llama3:
 @dataclass(frozen=True)
 class Yarn:
     """Divides low frequencies by a factor, and keeps high frequencies. Frequencies in between are a
-    mixture, which is linear in the index of the frequency. Queries and keys are both multiplied by
-    `attention_factor`.
+    mixture, which is linear in the index of the frequency. Low and high are counted in turns, as in
+    `Llama3`. Queries and keys are both multiplied by `attention_factor`.
 
     Source: Peng et al. 2023, arXiv:2309.00071.
     """

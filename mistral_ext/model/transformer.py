@@ -30,7 +30,8 @@ class Cache(Protocol):
 
 @dataclass
 class Layer:
-    """The weights of one layer, named as in Mistral's own checkpoints."""
+    """The weights of one layer, named as in Mistral's own checkpoints. `qkv` and `gate_up` are
+    groups of weights, which are multiplied in one pass."""
 
     attention_norm: Tensor  # [E]
     qkv: Weights  # wq [Hq * D, E], wk [Hkv * D, E], wv [Hkv * D, E]
@@ -236,7 +237,8 @@ def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
 
 def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
     weight = weights[name]
-    assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has another name
+    # Only the names JOINED_QKV and JOINED_GATE_UP have a JoinedWeight (see `_together`).
+    assert not isinstance(weight, JoinedWeight)
     return weight
 
 

@@ -108,7 +108,7 @@ def _run_whole(
     _expect("sequences", sequences, is_table, "[S, 5]")
     kv_heads, dim = k.shape[1:]
     # The kernel needs rings, but it neither reads nor writes a ring that is longer than the
-    # sequence. So the pool stays as it is allocated.
+    # sequence. So all rings are longer, and the values in the pool do not matter.
     table = sequences.clone()
     number = torch.arange(len(table), device=table.device)
     table[:, 2] = 0

@@ -49,7 +49,8 @@ def unpack_unsigned(words: Tensor) -> Tensor:
 
 def unpack_wide(words: Tensor, bits: int) -> Tensor:
     """Unpacks the values of "q5_k" (bits = 5) or "q6_k" (bits = 6), [N, bits * K / 32] words, into
-    [N, K] int32."""
+    [N, K] int32. Each super-block has first the words with the low 4 bits of its values, then the
+    words with their further bits."""
     of_block = SUPER_BLOCK // VALUES_PER_WORD
     rows = words.unflatten(1, (-1, bits * SUPER_BLOCK // 32))
     low = unpack_unsigned(rows[..., :of_block].flatten(0, 1)).view(*rows.shape[:2], SUPER_BLOCK)

@@ -140,7 +140,8 @@ def _run_backward(
         part, columns = slice(i, i + 1), slice(end, end + outputs)
         end += outputs
         d_part = with_rows(d_out)[:, columns]
-        # d_x += scale * (d_part B^T) A. The op itself computes this, with A and B exchanged.
+        # d_x += scale * (d_part B^T) A. `_C.lora` computes this too, if it gets B in place of A,
+        # and A in place of B.
         d_hidden = hidden.new_zeros((len(x), 1, hidden.shape[2]))
         _C.lora(
             d_part,

@@ -25,7 +25,7 @@ def ask_for_large_pages(pages: mmap.mmap) -> None:
     permits it, and if they are not already in memory as small pages.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # the kernel may lack large pages
+        with contextlib.suppress(OSError):  # Linux may have been built without large pages
             pages.madvise(mmap.MADV_HUGEPAGE)
 
 

@@ -20,8 +20,8 @@ def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = N
         weight: [N, K] on the CPU, float32, bfloat16 or float16, the last axis contiguous.
         out: the weight to fill, on the CPU.
         importance: [K] float32, for each input how much an error of its weights counts, such as the
-            mean square of the input. None: all inputs count the same. So do 32 neighbours whose
-            importances are all 0, or so small that products underflow.
+            mean square of the input. None: all inputs count the same. If the importances of 32
+            neighbours are all 0, or so small that products underflow, these 32 count the same.
 
     Returns:
         [N] float32, the largest magnitude in each row. It is not finite if the row holds NaN or

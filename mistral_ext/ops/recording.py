@@ -57,8 +57,8 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
 
     Returns:
         The recording. None: the work cannot be repeated, because
-        - an op does not run by `workspace.run` with its output,
-        - an op needs memory that has been freed,
+        - an op does not call `workspace.run`, or calls it without `out`, so that the recording
+          could not keep all memory of the op alive,
         - an op reads a tensor that torch has computed, or
         - an op reads token ids that are not those of a given tensor. A repetition checks all ids
           before its first call, so it would not check ids that one of its calls writes.

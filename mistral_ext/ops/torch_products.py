@@ -66,7 +66,8 @@ def linear_argmax(
 ) -> tuple[Tensor, Tensor]:
     _C.check_linear_argmax(x, *parts[:3], norm, eps, limit)
     out = _side_by_side(_products("linear_argmax", x, parts, norm, eps))
-    largest, token_ids = out[:, :limit].max(dim=1)  # a NaN counts as the largest
+    # `max` takes a NaN for the largest output. A NaN is not above -inf, so its row gets -1 as well.
+    largest, token_ids = out[:, :limit].max(dim=1)
     return out, token_ids.where(largest > -torch.inf, -1)
 
 

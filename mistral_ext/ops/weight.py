@@ -82,6 +82,8 @@ class Quantized(NamedTuple):
     scales: Tensor
     format: str
     # [K] int64: value k of a row belongs to input order[k]. None: value k belongs to input k.
+    # Checkpoints of GPTQ with "act-order" need an order, because the values that share scales
+    # belong to inputs that are not neighbours.
     order: Tensor | None = None
 
     @classmethod

@@ -110,15 +110,16 @@ def memory_on_cpu(nbytes: int) -> int:
     return memory.address
 
 
-# (device, stream, whether the stream is being captured) -> (id of the captured graph, or 0; zeroed
-# counters, by which the blocks of a kernel know what other blocks have done). A call leaves its
-# counters zeroed.
+# Counters, by which the blocks of a kernel know what other blocks have done. A kernel finds them
+# zeroed, and leaves them zeroed. The keys are (device, stream, whether the stream is being
+# captured), the values (id of the graph that is being captured, or 0; counters).
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
 def _zeroed_counters(device: torch.device, target: int, count: int) -> Tensor:
-    # Graphs may run at the same time, so each graph has its own counters. Each replay zeros them
-    # before their first use.
+    # Two graphs may run at the same time, on different streams, so each graph has its own counters.
+    # The graph also captures `torch.zeros`, so each replay zeros the counters before their first
+    # use.
     graph = _C.capture_id(target)
     key = (device, target, graph != 0)
     kept = _counters.get(key)
