@@ -291,8 +291,13 @@ class HarnessModel:
         return template if isinstance(template, str) else template.source()
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Drops the first tokens of a context if the model cannot read the whole context with its
-        continuation. Returns both."""
+        """Returns a context and its continuation, without the first tokens if they are too long for
+        the model.
+
+        The last token is only predicted and not read, so one token more than `max_length` fits. A
+        continuation that is too long by itself loses its first tokens, too. Then the first token
+        that is left is the context, because the model needs a token to predict from.
+        """
         if self.max_length is None:
             return context, continuation
         ids = [*context, *continuation][-(self.max_length + 1) :]

@@ -55,8 +55,9 @@ class GrammarCompiler:
             constraint: the rule that completions must match.
             starts_text: whether completions begin a text. If False, they continue a text. A
                 completion that begins a text has a space before what must match, if the tokenizer
-                puts a space before a text (`Tokenizer.adds_first_space`). With a schema this space
-                is optional.
+                puts a space before a text (`Tokenizer.adds_first_space`). With a schema this
+                argument has no effect: a space may come first, because models like to begin with a
+                space and JSON ignores it.
 
         Raises:
             ValueError: the constraint does not compile, or nothing matches it.
@@ -245,8 +246,8 @@ class Matcher:
         """Takes the next token.
 
         Raises:
-            ValueError: the token may not come here, or finding out what may come next takes too
-                much work.
+            ValueError: the token may not come here, nothing may follow it although the text is not
+                complete, or finding out what may follow takes too much work.
         """
         if not self.allowed[token_id]:
             raise ValueError(f"token {token_id} does not match what a completion has to match")

@@ -8,12 +8,14 @@ with respect to the output of the matrix at this token. The log-likelihood is th
 are drawn from the model (Fisher information; SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, uses
 its diagonal).
 
-Errors at different tokens are treated as independent. On SmolLM2 this makes wk appear 1.3 times and
-wv 0.6 times as sensitive as they are. But sums of the errors over the tokens, taken before they are
-squared, lead to no better choices.
+The formula treats the errors at different tokens as independent: each g . D x is squared on its
+own. On SmolLM2 this makes wk appear 1.3 times and wv 0.6 times as sensitive as they are. To add up
+g . D x over the tokens first, and then to square the sum, needs no such assumption, but leads to no
+better choices.
 
 A sequence is run through the model, and the gradient back, one layer at a time in float32. The
-memory holds one layer, the output matrix, and the hidden states before each layer.
+memory holds at most two layers, or a layer and the output matrix, and the hidden states before each
+layer.
 """
 
 from __future__ import annotations

@@ -196,9 +196,10 @@ struct ByteChunk : ByteVectors<format> {
   }
 };
 
-// The chunk for one row. A 128-bit lane of the sums has four places. Places 0 and 1 belong to one
-// of blocks 0 to 3, places 2 and 3 to one of blocks 4 to 7. If each half of a block has a scale,
-// each place belongs to one half.
+// The chunk for one row. Lane i (of 128 bits) of the sums that `added` returns has four places.
+// Places 0 and 1 belong to block i, places 2 and 3 to block 4 + i. Both places of a block have the
+// sum of the whole block. If each half of a block has a scale, the first place has the sum of the
+// first half instead, and the second place that of the second half.
 template <WeightFormat format>
 struct ByteRow : ByteVectors<format> {
   using Vectors = ByteVectors<format>;

@@ -35,7 +35,8 @@ struct HalvesLayout;
 
 #if defined(__ARM_FEATURE_DOTPROD)
 
-// The part of the chunks that does not depend on the format.
+// What the chunk types (gemv_chunks.h) of all formats have in common. It does not depend on the
+// format, so weights of several formats can share packed activations (PackedAlike).
 struct HalvesLayout {
   static constexpr int kTokens = 1;
   static constexpr int64_t kValues = 128;
