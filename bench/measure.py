@@ -24,7 +24,11 @@ T = TypeVar("T")
 
 
 def median_seconds(
-    functions: Sequence[Callable[[], Any]], seconds: float = 0.5, least: int = 5, most: int = 1000
+    functions: Sequence[Callable[[], Any]],
+    seconds: float = 0.5,
+    least: int = 5,
+    most: int = 1000,
+    calls: int = 1,
 ) -> list[float]:
     """The median time of one call of each function.
 
@@ -36,7 +40,9 @@ def median_seconds(
     Args:
         functions: the functions to call. Each is called once more to warm up.
         seconds: how long to go on for each function, within the bounds `least` and `most`.
-        least, most: bounds of the number of calls of each function.
+        least, most: bounds of the number of times of each function.
+        calls: how many calls follow each other after a pause. The last of them is timed: with
+            several, code and data of the function are in the caches by then.
     """
     for function in functions:
         function()
@@ -45,6 +51,8 @@ def median_seconds(
     while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() < stop):
         for function, samples in zip(functions, times, strict=True):
             spin(PAUSE)
+            for _ in range(calls - 1):
+                function()
             begin = time.perf_counter()
             function()
             samples.append(time.perf_counter() - begin)

@@ -1,13 +1,15 @@
 """Times every op at the shapes of Mistral 7B, next to what torch would do.
 
-    python bench/ops.py [--threads N] [--dtype bf16] [--only attention] [--json FILE]
+    python bench/ops.py [--threads N] [--dtype bf16] [--only attention] [--calls N] [--json FILE]
     python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--no-compile] [--json FILE]
 
 Times are medians. The two sides take turns in one run, because machines are noisy: compare the
 ratios. `GB/s` counts each byte that has to be read or written once, and `of read` is its share of
 the bandwidth that a plain multithreaded read of the same machine just had (an op whose data is in
 a cache may pass 100 %); `GFLOP/s` is given where arithmetic is the limit. `x torch` is torch's time
-over ours: above 1 we are faster. The other command is for a GPU: see ops_cuda.py.
+over ours: above 1 we are faster. Each call comes after a pause and finds its code in no near cache;
+with `--calls 20`, the last of 20 calls in a row is timed. The other command is for a GPU: see
+ops_cuda.py.
 """
 
 from __future__ import annotations
@@ -283,8 +285,8 @@ COLUMNS = (
 )
 
 
-def measure(case: Case, bandwidth: float) -> dict[str, Any]:
-    ours, torch_ = median_seconds([case.ours, case.torch])
+def measure(case: Case, bandwidth: float, calls: int) -> dict[str, Any]:
+    ours, torch_ = median_seconds([case.ours, case.torch], calls=calls)
     return {
         "op": case.op,
         "shape": case.shape,
@@ -319,6 +321,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--only", metavar="OP", help="rows of this op alone")
     parser.add_argument(
+        "--calls", type=int, default=1, help="on cpu: time the last of so many calls in a row"
+    )
+    parser.add_argument(
         "--no-compile", action="store_true", help="on cuda: without peers that torch compiles"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
@@ -332,7 +337,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     keep_freed_memory()
-    facts = machine() | {"dtype": options.dtype}
+    facts = machine() | {"dtype": options.dtype, "calls": options.calls}
     print_machine(facts)
     print(f"Mistral 7B shapes, {options.dtype}\n")
     print_header(COLUMNS)
@@ -340,7 +345,7 @@ def main() -> None:
     for cases in CASES:
         for case in cases(DTYPES[options.dtype]):
             if options.only in (None, case.op):
-                rows.append(measure(case, facts["read_bandwidth"]))
+                rows.append(measure(case, facts["read_bandwidth"], options.calls))
                 print_row(COLUMNS, cells(rows[-1]))
     if options.json:
         write_json(options.json, {"machine": facts, "rows": rows})
