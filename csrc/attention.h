@@ -29,9 +29,9 @@ struct AttentionParams {
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
   float* lse;                 // [T, Hq], receives log(sum(exp(scaled scores))) of each token and
-                              // head; null: not wanted. May be set only if all sequences begin at
-                              // position 0. The kernel for sm_90a cannot write it, so a call with
-                              // lse uses the kernel for sm_80
+                              // head; null: not wanted. It is for attention_backward.h, so all
+                              // sequences must begin at position 0 if it is set. The kernel for
+                              // sm_90a cannot write it, so a call with lse uses that for sm_80
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
   int64_t pool_rows;          // R
@@ -45,10 +45,11 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
-  // Scratch for partial results. Each result covers a part of the keys of some queries. On CUDA
-  // devices it has D + 4 floats per query row (kPartialRow in cuda/attention/merge.cuh).
+  // Scratch for results of query rows over a part of their keys, which are merged later. On CUDA
+  // devices such a result has D + 4 floats (kPartialRow in cuda/attention/merge.cuh).
   //   CPU: attention_scratch_bytes(p) bytes
-  //   CUDA, decode with splits > 1: [S, Hkv, splits, 16, D + 4], for up to 16 query rows
+  //   CUDA, decode with splits > 1: [S, Hkv, splits, 16, D + 4]. A decode has at most 16 query rows
+  //     for each sequence and key/value head.
   //   CUDA, prefill for sm_90a with prefill_splits > 1: [Hkv * tiles * 2, prefill_splits, 64,
   //     D + 4]. `tiles` is prefill_tiles(p) (cuda/attention/rows.cuh). A tile has two times 64
   //     query rows. Decode is done when prefill begins, so both use the same memory.
@@ -56,13 +57,13 @@ struct AttentionParams {
 
   // CUDA only.
   int64_t max_count;       // no sequence has more new tokens than this; T if unknown
-  int32_t splits;          // the number of blocks that share the keys of a decode
+  int32_t splits;          // the number of thread blocks that share the keys of a decode
   int32_t prefill_splits;  // for sm_90a: the most parts into which prefill divides a tile's keys
-  // Scratch, zero before and after a call. The first S * Hkv counters belong to the sequences and
-  // their key/value heads. Each counts the blocks that are done (in prefill for sm_90a: the
-  // warpgroups). The last of them merges the splits of a decode, and stores the late tokens
-  // (cuda/attention/finish.cuh). Then come counters that only prefill for sm_90a uses
-  // (cuda/attention/prefill_sm90.h).
+  // Scratch, zero before and after a call. The first S * Hkv counters are for the sequences and
+  // their key/value heads. Each counts the thread blocks (in prefill for sm_90a: the warpgroups)
+  // that are done with its head. The last to finish merges the splits of a decode, and stores the
+  // tokens that had to wait for attention (cuda/attention/finish.cuh). The counters after these are
+  // for prefill for sm_90a alone (cuda/attention/prefill_sm90.h).
   int32_t* counters;
 };
 
@@ -84,9 +85,9 @@ struct AttentionScratch {
   int64_t partials;  // the number of floats
   int64_t counters;  // the number of ints
 };
-// The scratch that `attention` needs for p if no sequence sees more than `longest` keys. The caller
-// then copies `splits` and `prefill_splits` to p. All other fields of p that describe the call must
-// be set before.
+// The scratch that `attention` needs for p if no sequence sees more than `longest` keys. It depends
+// on the sizes in p, max_count and lse, so set these first. Then copy `splits` and `prefill_splits`
+// to p.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k, v,

@@ -28,7 +28,7 @@ struct AttentionBackwardParams {
   const void* v;              // [T, Hkv, D]
   const void* out;            // [T, Hq, D], contiguous
   const void* d_out;          // [T, Hq, D], contiguous
-  const float* lse;           // [T, Hq], as attention.h writes it
+  const float* lse;           // [T, Hq], written by attention (AttentionParams::lse)
   void* d_q;                  // [T, Hq, D], contiguous
   void* d_k;                  // [T, Hkv, D], contiguous
   void* d_v;                  // [T, Hkv, D], contiguous

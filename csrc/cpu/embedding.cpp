@@ -8,15 +8,15 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The most values of a task. (A task has whole rows, so a single row may have more.) One thread
-// reads as many values in the time in which another thread wakes up. A decode step of 8 tokens of
-// Mistral 7B is just one task, which the caller runs.
+// The most values of a task. (A task has whole rows, so a single row may have more.) A smaller task
+// is not worth waking another thread for: in that time, one thread reads this many values. A decode
+// step of 8 tokens of Mistral 7B is just one task, which the caller runs.
 constexpr int64_t kTaskValues = 1 << 15;
 
 // Puts 8 unpacked vectors into the order of the row. Before, lane l of vector i is value i of word
-// l (formats.h). Write the place of a value in binary: the bits of the index of its vector, then
-// the bits of its lane. Each round rotates all these bits to the left by one place. After three
-// rounds the bits of l come first and those of i last, which is the order of the row.
+// l (formats.h). In the row, the 8 values of a word are neighbours. So this is a transpose, from
+// [8, width] to [width, 8]. Each round interleaves the first half of all values with the second
+// half, and 8 = 2^3 vectors take three rounds.
 MISTRAL_SIMD void to_order_of_row(Vec values[8]) {
   for (int round = 0; round < 3; ++round) {
     Vec next[8];

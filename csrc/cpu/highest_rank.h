@@ -1,4 +1,5 @@
-// The highest rank (sample.h) of a row of logits.
+// Finds the token with the largest logit of a row, as a rank: its key and its id in one integer. A
+// key is a logit as an unsigned integer, and a larger logit has a larger key (sample.h).
 #pragma once
 
 #include "../sample.h"

@@ -19,7 +19,9 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 constexpr int64_t kFewRows = DecodeRows<float>::kRows;
-constexpr int64_t kSegment = 1024;  // the number of keys in a segment
+// The number of keys in a segment. It is small enough that a long sequence has work for many
+// threads.
+constexpr int64_t kSegment = 1024;
 
 // How the work for one key/value head of a sequence is divided into tasks.
 struct Division {
@@ -118,7 +120,7 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
   const int64_t group = p.heads / p.kv_heads, dim = p.head_dim;
   const int64_t first_row = block * Rows::kRows;
   const int64_t count = mistral::min(Rows::kRows, division.rows - first_row);
-  // If the last block of rows is incomplete, its last row is repeated.
+  // The last row of an incomplete block is repeated, to fill up to a multiple of kRowStep rows.
   const auto token_of = [&](int64_t row) {
     return (first_row + mistral::min(row, count - 1)) / group;
   };

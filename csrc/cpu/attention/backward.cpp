@@ -1,9 +1,9 @@
 // A task computes d_k and d_v for a block of keys of one key/value head, or d_q for a block of
 // query rows. G query heads share a key/value head. Row r of a sequence belongs to token r / G, and
-// is number r mod G of these heads, as in attention.cpp. Each task computes the scores that it
-// needs anew. So no two tasks add to the same sum, and the results do not depend on the number of
-// threads. A task for keys computes the scores transposed, [keys, rows], because the products for
-// d_k and d_v need the probabilities in this order.
+// is number r mod G of these heads, as in attention.cpp. A task computes all scores that it needs,
+// although other tasks compute the same scores. So no two tasks add to the same sum, and the
+// results do not depend on the number of threads. A task for keys computes the scores transposed,
+// [keys, rows], because the products for d_k and d_v need the probabilities in this order.
 //
 // A class of products multiplies tiles. VectorProducts computes in fp32. TileProducts is for bf16
 // on processors with AMX, and uses the tiles of prefill_amx.h.
@@ -26,8 +26,9 @@ constexpr int64_t kDepth = 32;
 // Multiplies with vector instructions, in fp32.
 struct VectorProducts {
   using Arithmetic = Fp32;
-  static constexpr int64_t kTile = 64;     // the number of query rows or keys in a tile
-  static constexpr int64_t kStep = kTile;  // rows and keys are padded to a multiple of this
+  static constexpr int64_t kTile = 64;  // the number of query rows or keys in a tile
+  // Rows and keys are padded to a multiple of this. Here `score` always computes kTile columns.
+  static constexpr int64_t kStep = kTile;
 
   struct Setup {};
 
@@ -144,7 +145,8 @@ struct Block {
     }
   }
 
-  // Interleaves each A::kDepth neighbouring rows, in place: [kTile / A::kDepth, D, A::kDepth].
+  // Interleaves each A::kDepth neighbouring rows, in place, for operand b of Products::accumulate:
+  // [kTile / A::kDepth, D, A::kDepth].
   void pair_rows(int64_t filled, int64_t dim) {
     if constexpr (A::kDepth > 1) {
       for (int64_t row = 0; row < filled; row += A::kDepth) {

@@ -2,8 +2,8 @@
 // are multiplied in the layout of memory, in blocks that stay in the L1 cache, while the next block
 // is fetched.
 //
-// With more than one lane, a vector holds the scores of kRowBlock rows x kGroup keys, [row][key].
-// So the instructions of a softmax serve kRowBlock rows at once.
+// A vector holds the scores of kRowBlock rows and kGroup keys, [row][key]. So each instruction of a
+// softmax serves kRowBlock rows. (In scalar code a vector has one lane, and so one score.)
 #pragma once
 
 #include "rows.h"
@@ -54,9 +54,9 @@ class DecodeRows {
   // Adds `keys` to the attention of all rows. position_of(row) is the position of a row. No row has
   // a lower position than the row before it.
   //
-  // Each step of a softmax needs the result of the step before, so the processor would wait.
-  // Meanwhile it can compute the scores of the next block. For this the code places them before the
-  // products that need the softmax.
+  // The products with the values of a block must wait for its softmax (`fold`), which is a long
+  // chain of steps. The scores of the next block do not need this softmax. So the code computes
+  // them first, and the processor has work while it waits.
   template <class PositionOf>
   void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
               const PositionOf& position_of) {
@@ -96,10 +96,10 @@ class DecodeRows {
   // the last group of keys is incomplete, its last key is repeated. `attend` hides the scores of
   // the repetitions.
   //
-  // The next block is prefetched in the order of addresses, although kGroup keys of this block are
-  // read side by side. Then the hardware prefetchers take part, which is worth 15 %. In a ring the
-  // next block follows this block in memory. In a chunk the keys may be further apart, but with few
-  // query rows a chunk has only one block.
+  // This block is read in another order than that of addresses: kGroup keys at a time. But the next
+  // block is prefetched in the order of addresses, so that the hardware prefetchers take part. This
+  // is worth 15 %. The code assumes that the next block follows in memory, as it does in a ring. A
+  // chunk with few query rows has no next block.
   //
   // This function and `accumulate` are not inlined. Inlined, they would share too few registers for
   // their addresses.

@@ -9,8 +9,8 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kRowBlock = 4;  // the number of query rows that are multiplied at once
-// The number of vectors of columns that are computed together. With kRowBlock rows, their sums fill
-// the registers.
+// The number of vectors of columns that are computed together. With kRowBlock rows, their sums take
+// at most half of the vector registers. The rest is for factors.
 constexpr int64_t kColumnVectors = Vec::width == 16 || Vec::width == 4 ? 4 : 2;
 
 // A row that has seen no key yet has the maximum -inf. Its probabilities would be exp(-inf + inf) =
@@ -41,10 +41,14 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
 }
 
 // out = factor * out + weights * values, for kRowBlock rows and M vectors of columns, from column d
-// on. The weights are probabilities, and factor(r) is the factor of row r. weights(r, key) points
-// to the weights of row r for kNeighbours keys from `key` on, a multiple of kNeighbours.
-// values(key, d, columns) loads M vectors of the values of kDepth keys. If `keys` is no multiple of
-// kNeighbours, weights and values must exist up to the next multiple, and these weights must be 0.
+// on. In attention the weights are probabilities. Three functions give the numbers:
+//
+//   factor(r)                the factor of row r
+//   weights(r, key)          the address of the weights of row r for kNeighbours keys from `key` on
+//   values(key, d, columns)  loads the values of kDepth keys from `key` on, as M operands
+//
+// If `keys` is no multiple of kNeighbours, weights and values must exist up to the next multiple,
+// and these weights must be 0.
 //
 // The new products are summed on their own and added to `out` at the end. If thousands of keys were
 // added to `out` one by one, each addition would round this large number.

@@ -1,6 +1,7 @@
 // Packs activations: converts them to the type that the kernels multiply, and puts them in the
-// order of k in which the values of the weight format are unpacked. The weights of a call are its
-// parts (linear.h). Parts in different formats may need differently packed activations.
+// order in which the kernels unpack the values of a row of weights. The order depends on the
+// format. A call may have several weights, its parts (linear.h), in different formats. Then their
+// activations may be packed differently.
 #pragma once
 
 #include <type_traits>
@@ -25,8 +26,8 @@ const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
   return normalised;
 }
 
-// Packs the K activations of a token in the order of Order::k_at. Pads them with zeros to
-// padded(K).
+// Packs the K activations of a token. Element i is activation Order::k_at(i) (formats.h). Zeros
+// fill up to padded(K) elements.
 template <class Order, class T, class Element>
 void pack_row(const T* x, int64_t inputs, Element* out) {
   for (int64_t begin = 0; begin < inputs; begin += kPadding) {
@@ -74,7 +75,8 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
   }
 }
 
-// The chunk type of the gemv kernels for a format and activations of type T.
+// The chunk type that unpacks and multiplies a format in the gemv kernels (formats.h,
+// gemv_chunks.h), for activations of type T that are not rounded to bytes.
 template <WeightFormat format, class T>
 struct FewChunkOf {
   // Integers of 16 bits would lose bits of activations in fp32.
@@ -131,10 +133,10 @@ constexpr bool kPacksTogether<InHalves<format>> = true;
 // Packs the K activations of a token for a chunk type.
 template <class Chunk>
 struct Packing {
-  // The number of elements from one packed token to the next. This distance is an odd multiple of
-  // half a way of the L1 cache. (A way has 4096 bytes on x86.) So only every second token competes
-  // for the same sets of the cache. At a multiple of a whole way, which K = 4096 would give, all
-  // tokens would compete.
+  // The number of elements from one packed token to the next. If tokens were a multiple of a way of
+  // the L1 cache apart, as they would be at K = 4096, all would compete for the same sets of the
+  // cache. At an odd multiple of half a way, only every second token does. (A way has 4096 bytes on
+  // x86.)
   static int64_t elements(int64_t inputs) {
     constexpr int64_t kSize = sizeof(typename Chunk::Arithmetic::Element);
     constexpr int64_t kWay = 4096, kHalf = kWay / 2;

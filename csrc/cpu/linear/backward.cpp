@@ -1,7 +1,7 @@
-// d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W. So the lanes of a vector
-// are columns of W, where gemm.h has tokens. Each value of d_out is broadcast to all lanes, as
-// gemm.h does with values of weights. This way W is packed as its rows are unpacked, without a
-// transpose, and d_out stays in the order of its rows.
+// d_x = d_out W with the tiles of gemm.h, in which weights and tokens change places. The lanes of a
+// vector are columns of W, where gemm.h has tokens. Each value of d_out is broadcast to all lanes,
+// as gemm.h does with values of weights. The sum runs over the rows of W, so these rows are packed
+// as they are unpacked, without a transpose. d_out stays in the order of its rows.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -184,8 +184,9 @@ class LinearBackward {
     }
   }
 
-  // If one part is stored in words, the columns of the sums are in the order of words for all
-  // parts. This puts the values of a part that is not in words into that order.
+  // Formats that consist of words are unpacked in an order of their own (UnpackedWords::k_at), the
+  // order of words. If a part has such a format, the columns of the sums are in this order. Then
+  // this function puts the values of all other parts into the same order.
   static void to_order_of_words(Element* values) {
     Element in_order[kUnpacked];
     memcpy(in_order, values, sizeof in_order);
@@ -250,9 +251,9 @@ class LinearBackward {
     }
   }
 
-  // Puts the sums of a row from the order of words into the order of memory. Takes them from
-  // `sums`, because `row` has only the first `count` of them. If the last kUnpacked columns are
-  // incomplete, sums that belong to the row may come later in the order of words.
+  // Puts the sums of a row from the order of words into the order of memory. Takes them from `sums`
+  // and not from `row`, which has only the first `count` in the order of words. In this order, sums
+  // of the last columns may come later than that.
   static void to_natural_order(float* row, int64_t count, const float* sums) {
     for (int64_t k = 0; k < count; k += kUnpacked) {
       for (int64_t i = 0; i < 8; ++i) {

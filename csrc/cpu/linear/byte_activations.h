@@ -1,6 +1,6 @@
 // Activations rounded to 8 bits. Each block of 32 activations of a token has a unit: its largest
-// magnitude / 127. The activations are rounded to integers, which count units. 256 activations are
-// packed together, in the order in which byte_chunk.h multiplies them.
+// magnitude / 127. An activation is rounded to a whole number of units, and stored as this number.
+// 256 activations are packed together, in the order in which byte_chunk.h multiplies them.
 #pragma once
 
 #include "../simd/bytes.h"
@@ -14,9 +14,9 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 using ByteSums = __m512;  // the sums of four rows
 
-// 256 activations for AVX-512 with VNNI, in the order of vectors of 16 words of weights. A vector
-// has the words of blocks 0 to 3 or of blocks 4 to 7, four for each block. A byte of weights holds
-// two values, in its low and its high half.
+// 256 activations for AVX-512 with VNNI, in the order of the weights. A vector of weights has 16
+// words: those of blocks 0 to 3 or of blocks 4 to 7, four for each block. Each byte holds two
+// weights, one in its low half and one in its high half. These halves are unpacked to two vectors.
 struct ByteActivations {
   struct Block {
     float scale;            // the unit of the block
@@ -71,12 +71,12 @@ struct ByteActivations {
 // the low halves of the bytes of these words, odd parts for the high halves.
 struct PairActivations {
   int8_t values[8][4][2][8];  // [block][part][token]
-  // [block][row][token]. Both rows hold the same numbers, so that one load gives the numbers for
-  // the four sums of a block.
+  // [block][row][token]. An instruction gives four sums, of two rows of weights and two tokens.
+  // Both rows hold the same numbers here, so that one load gives those for all four sums.
   float scale[8][2][2];  // the unit of the block
   float sum[8][2][2];    // the sum of the integers, times the unit
 };
-// A pair takes as many bytes as two tokens.
+// Buffers have room for one ByteActivations for each token and 256 values (packed_byte_row).
 static_assert(sizeof(PairActivations) == 2 * sizeof(ByteActivations), "");
 
 // The activations of one token of a pair.

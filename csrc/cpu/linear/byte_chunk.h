@@ -1,7 +1,7 @@
-// A chunk holds 256 values of kRows rows, unpacked to bytes. It multiplies them by activations in
-// bytes. This file has the chunk for AVX2, which has one row. Each of the 8 blocks of 32 values has
-// a 32-bit lane in every vector (lane_of). So 16-bit sums of several products stay within a block,
-// one vector holds the scales of all blocks, and one conversion to floats serves 256 values.
+// A chunk holds 256 weights of each of kRows rows, unpacked to bytes. It multiplies them by
+// activations in bytes. This file has the chunk for AVX2, which has one row. Each of the 8 blocks
+// of 32 values has a 32-bit lane in every vector (lane_of). So no sum mixes blocks, one vector
+// holds the scales of all blocks, and one conversion to floats serves 256 values.
 // AVX-512 with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64
 // (byte_chunk_neon.h).
 #pragma once
@@ -33,8 +33,9 @@ constexpr bool kInTiles = false;
 #endif
 
 // Whether this instruction set multiplies a format in bytes also with more than kGemvTokens tokens
-// of type T. AMX is faster than products in bytes. Formats with a table need VNNI: AVX2 has to
-// widen each of their products, which takes longer than products of floats.
+// of type T. AMX is faster than products in bytes. On x86, formats with a table of values (kTable4)
+// need VNNI. Without it each of their products has to be widened, which takes longer than products
+// of floats.
 template <class T>
 constexpr bool has_many_bytes(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
@@ -69,8 +70,8 @@ struct ByteFormat {
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
   static constexpr int kTokens = 1;  // the number of tokens that are packed together
-  // These are members of every chunk type (gemv_chunks.h). Each block has its own unit, so a packed
-  // token has no head and no common unit.
+  // gemv_chunks.h explains these members of chunk types. Here each block of activations has its own
+  // unit. So a packed token needs no head to hold a common unit.
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kLineBytes = sizeof(ByteActivations);
   static constexpr float unit(const char*) { return 1.0f; }
@@ -90,14 +91,14 @@ struct ByteChunk : ByteFormat<format> {
   static constexpr int kRows = 1;
   using OneRow = ByteChunk;
   static constexpr bool kMinimum = kSigned || Format::kMinima;
-  // The values of kTable formats are signed. Without kSumsOf32Bits, their magnitudes are
-  // multiplied, and their signs move to the activations. With kSumsOf32Bits, they become unsigned
-  // values that are 128 larger.
+  // The instructions multiply unsigned values by signed activations, but the values of kTable
+  // formats are signed. Without kSumsOf32Bits, their magnitudes are multiplied, and their signs
+  // move to the activations. With kSumsOf32Bits, they become unsigned values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
   // The largest value or magnitude that is multiplied without kSumsOf32Bits.
   static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;
   // The number of vectors of values whose products are summed before the sums are widened. It is as
-  // many as the lanes of the sums can hold. In q6_k it is at most 4, because 4 vectors share
+  // large as it can be without an overflow. In q6_k it is at most 4, because 4 vectors share
   // scales.
   static constexpr int kFit =
       kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));

@@ -1,7 +1,7 @@
 // The chunk of byte_chunk.h for AVX-512 with VNNI. It multiplies 256 values of four rows at a time,
 // in vectors that mix the rows (mixed_rows.h). Each 128-bit lane of a vector belongs to a block of
-// 32 values. In the sums, it has a place for each row. So one conversion to floats and one scaling
-// serve 4 rows x 4 blocks, 512 values.
+// 32 values. In the sums, each of its four places of 32 bits belongs to a row. So one conversion to
+// floats and one scaling serve 4 rows x 4 blocks, 512 values.
 #pragma once
 
 #include "byte_scales_512.h"
@@ -18,9 +18,10 @@ struct ByteVectors : ByteFormat<format> {
   // larger than the values.
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
-  // Unpacks the values in the low (half = 0) or the high halves of the bytes of words. `further`
-  // has, in the lane of each word, the word that holds its further bits. word_of(lane) is the index
-  // of the word of a lane in its block.
+  // Unpacks the values in the low (half = 0) or the high halves of the bytes of words. In q5_k and
+  // q6_k, words hold only 4 bits of a value, and further words hold the rest (csrc/formats.h).
+  // `further` has the further word of each word in the same lane. word_of(lane) is the index of the
+  // word of a lane in its block.
   template <class WordOf>
   MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half,
                                      const WordOf& word_of) {
@@ -119,8 +120,9 @@ struct ByteChunk : ByteVectors<format> {
         blocks[n] = _mm512_loadu_si512(x[n]->blocks[i]);
         first[n] = second[n] = minus_offsets(blocks[n]);
       }
-      // For each row, a mixed vector gives the sum of one of the four words of a lane. The pairs of
-      // mixed vectors that are summed together give the sums of one half of each block.
+      // `first` gets the products of mixed vectors 0 and 1, `second` those of 2 and 3. Of each row,
+      // vectors 0 and 1 have two words that are one half of a block: words 0 and 1, or words 2 and
+      // 3. Vectors 2 and 3 have the other half.
       const auto multiply = [&](Ints(&sums)[N], int j) {
         for (int n = 0; n < N; ++n) {
           for (int half = 0; half < 2; ++half) {
@@ -161,11 +163,12 @@ struct ByteChunk : ByteVectors<format> {
   // The start of the sums: minus (the offset of the unpacked values times the sums of activations).
   MISTRAL_SIMD static Ints minus_offsets(__m512i blocks) {
     if (kOffsetLog2 == 0) return broadcast_int(0);
-    // Each place gets the sum of the half block to which its word belongs.
+    // Places 0 and 1 of a lane get minus_sums[0], because all mixed vectors have words of the first
+    // half of the block there. Places 2 and 3 get minus_sums[1].
     return Ints{_mm512_shuffle_epi32(blocks, _MM_PERM_DDCC)} << kOffsetLog2;
   }
 
-  // Finds, for each word of a mixed vector, the further word that has its further bits.
+  // Finds the further word of each word of the mixed vectors, and puts it in the same lane.
   MISTRAL_SIMD static void mix_further(const char* const (&words)[kRows], int i,
                                        __m512i (&mixed)[kRows]) {
     const char* all[kRows];  // the further words of the super-block of each row
@@ -196,10 +199,9 @@ struct ByteChunk : ByteVectors<format> {
   }
 };
 
-// The chunk for one row. Lane i (of 128 bits) of the sums that `added` returns has four places.
-// Places 0 and 1 belong to block i, places 2 and 3 to block 4 + i. Both places of a block have the
-// sum of the whole block. If each half of a block has a scale, the first place has the sum of the
-// first half instead, and the second place that of the second half.
+// The chunk for one row. `added` returns two sums for each block. In 128-bit lane i, places 0 and 1
+// belong to block i, and places 2 and 3 to block 4 + i. In q6_k, where each half of a block has a
+// scale, the two sums are those of its halves. Otherwise both are the sum of the whole block.
 template <WeightFormat format>
 struct ByteRow : ByteVectors<format> {
   using Vectors = ByteVectors<format>;
@@ -236,9 +238,10 @@ struct ByteRow : ByteVectors<format> {
         blocks[i] = _mm512_castsi512_ps(of_blocks);
         sums[i] = broadcast_int(0);
         if (kOffsetLog2 != 0) {
-          // `sums` start with minus the offset of the values times the sum of the activations of
-          // each half block. `added` adds up the places of a half block. So the mask keeps this
-          // number at one of them only. (A mask register would be loaded again in each iteration.)
+          // `sums` start with a number for each half block: minus the offset of the values, times
+          // the sum of the activations. `added` adds up all places of a half block, so the mask
+          // keeps the number at one of them. The mask is a vector, because a mask register would be
+          // loaded again in each iteration.
           const auto mask = [](int lane) {
             return kScalesOfHalves ? -(lane % 2 == 0) : -(lane % 4 >= 2);
           };
@@ -292,7 +295,7 @@ struct ByteRow : ByteVectors<format> {
     return pairs + swap_neighbours(pairs);
   }
 
-  // Finds, for each of 16 words, the further word that has its further bits. `all` points to the
+  // Finds the further word of each of 16 words, and puts it in the same lane. `all` points to the
   // further words of the super-block.
   MISTRAL_SIMD static __m512i further_words(const char* all, int i) {
     if (kBits == 5) {
