@@ -1,7 +1,7 @@
-// The part of byte_chunk_neon.h for several tokens with i8mm. An instruction multiplies 8 values of
-// two rows by 8 activations of two tokens, and adds to four sums. The sums are the integers that
-// dot products give, and they are scaled and added in the order of ByteRow. So the results have the
-// same bits.
+// The chunk for several tokens on aarch64 with i8mm. (One token alone is multiplied by ByteRow of
+// byte_chunk_neon.h.) An instruction multiplies 8 values of two rows by 8 activations of two
+// tokens, and adds to four sums. The sums are exact integers, and they are scaled and added in the
+// order of ByteRow. So a token gets the same bits here as from ByteRow.
 #pragma once
 
 namespace mistral::cpu::MISTRAL_ISA {
@@ -30,12 +30,13 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  int8x16_t values[8][4];  // [block][part of PairActivations]: 8 values of each row
+  // [block][part, as in PairActivations (byte_activations.h)]: 8 values of each row
+  int8x16_t values[8][4];
   // In the next three arrays, as in the sums, the first two lanes of a vector belong to row 0 and
   // the other two to row 1.
   float32x4_t factor[8];   // the scale of each block
-  float32x4_t minimum[8];  // of each block, if kMinimum; multiplies the sums of activations
-  int32x4_t scales[8][2];  // of the halves of each block, if kScalesOfHalves
+  float32x4_t minimum[8];  // if kMinimum: of each block, to multiply by the sums of activations
+  int32x4_t scales[8][2];  // if kScalesOfHalves: the scales of the halves of each block
 
   MISTRAL_SIMD void take(const char* const (&words)[2], const char* const (&row_scales)[2],
                          int group_log2, int64_t k, int64_t there) {
@@ -100,7 +101,7 @@ struct ByteChunk : ByteFormat<format> {
                                uint8x16_t packed) {
     // Turns two's complement into unsigned values that are 8 larger.
     if (kSigned) packed = veorq_u8(packed, vdupq_n_u8(0x88));
-    uint32x4_t further = {};
+    uint32x4_t further = {};  // the further words of both rows (csrc/formats.h)
     if (kBits > 4) {
       const int64_t at = kSuperBlock / 2 + 4 * (kBits == 5 ? block : 8 * pair + block);
       further = vcombine_u32(load_twice(words[0] + at), load_twice(words[1] + at));
@@ -108,7 +109,7 @@ struct ByteChunk : ByteFormat<format> {
     for (int half = 0; half < 2; ++half) {
       uint8x16_t value = half == 0 ? vandq_u8(packed, vdupq_n_u8(15)) : vshrq_n_u8(packed, 4);
       if (kBits > 4) {
-        // Moves the bits of each byte that belong to this value to bit 4.
+        // In each byte, moves the further bits of this value to bit 4.
         const auto shift = [&](int word) {
           const int bit =
               kBits == 5 ? fifth_bit_shift(word, 4 * half) : high_bits_shift(word, 4 * half);

@@ -1,6 +1,6 @@
-// The chunk of byte_chunk.h for aarch64. Its instructions multiply signed bytes, and the sums have
-// 32 bits. So the sums need no correction for an offset of unpacked values. Only a minimum has to
-// be added.
+// The chunk of byte_chunk.h for aarch64. Its instructions multiply signed bytes by signed bytes. So
+// values keep their signs, and sums need no correction for an offset. The exceptions are int4 and
+// q4_0: their values are unpacked 8 too large, which a minimum of -8 times the scale corrects.
 #pragma once
 
 #include "unpack_words.h"
@@ -51,7 +51,7 @@ struct ByteRow : ByteFormat<format> {
 
   Bytes32 values[8];
   Lanes8 factor;        // the scale of each block
-  Lanes8 minimum;       // of each block, if kMinimum; multiplies the sum of activations
+  Lanes8 minimum;       // if kMinimum: of each block, to multiply by its sum of activations
   int32x4_t scales[4];  // if kScalesOfHalves: the scales of first halves, then of last halves
 
   // Unpacks the words of a row from value `k` on. `there` is the number of values from there to the
@@ -99,7 +99,8 @@ struct ByteRow : ByteFormat<format> {
   }
 
  private:
-  // Unpacks blocks 0 to 3 (half = 0) or 4 to 7. Byte b of values[i].v[half] belongs to lane b / 4.
+  // Unpacks blocks 0 to 3 (half = 0) or 4 to 7. Block b of these four gets bytes 4 b to 4 b + 3 of
+  // each values[i].v[half].
   MISTRAL_SIMD void take_half(const char* words, int half) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(words);
     // val[i] holds word i of each block.

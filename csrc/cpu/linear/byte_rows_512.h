@@ -1,7 +1,8 @@
 // 256 values of 32 rows as operands of products of bytes, for many tokens on AVX-512 with VNNI.
 // Each 32-bit lane of a vector has a row of its own and holds four neighbouring bytes of it. A word
-// of activations is broadcast to all lanes. So sums need no swaps, and one load of weights serves
-// several tokens. Rows must be rearranged for this, which pays with many tokens only.
+// of activations is broadcast to all lanes. So sums need no swaps as in mixed_rows.h, and one load
+// of weights serves several tokens. Rows must be rearranged for this, which pays with many tokens
+// only.
 #pragma once
 
 #include "byte_chunk.h"
@@ -57,8 +58,9 @@ class ByteRows {
   static constexpr int kTokens = 4;  // the number of tokens that are multiplied at a time
   static constexpr int kGroups = kRows / 16;
 
-  // The sums of a token with kRows rows. Vector [b][g] has the sums of blocks b and b + 4 of each
-  // super-block, with the 16 rows of group g. In byte_chunk_512.h these sums are in 128-bit lane b.
+  // The sums of a token with kRows rows. Vector [b][g] has, for the 16 rows of group g, the sums of
+  // blocks b and b + 4 of all super-blocks. byte_chunk_512.h, for few tokens, adds these together
+  // too (in its 128-bit lane b). So a token gets the same bits from both.
   using Totals = __m512[4][kGroups];
 
   // Unpacks chunk i of the first kRows rows. If `rows` is less than that, the last row stands for
@@ -101,7 +103,8 @@ class ByteRows {
     }
   }
 
-  // The results of 16 rows for a token, added in the order of sums_of_places (mixed_rows.h).
+  // The results of 16 rows for a token. To give the bits of few tokens, the sums are added in the
+  // order of sums_of_places (mixed_rows.h).
   static Vec sums_of(const Totals& totals, int group) {
     return {_mm512_add_ps(_mm512_add_ps(totals[0][group], totals[2][group]),
                           _mm512_add_ps(totals[1][group], totals[3][group]))};
@@ -113,7 +116,7 @@ class ByteRows {
   // The number of scales of a block.
   static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;
 
-  // Values of block 4 i + lane: [lane][i][word][half of the bytes][group of 16 rows].
+  // Values of block 4 i + lane: [lane][i][word][low or high 4 bits][group].
   __m512i values_[4][2][4][2][kGroups];
   __m512 factors_[8][kHalves][kGroups];
   __m512 minima_[8][kGroups];
@@ -170,8 +173,9 @@ class ByteRows {
     }
   }
 
-  // The start of the sums of a block or, if halves have scales, of half `part` of a block: minus
-  // the products of the activations with the offset of the unpacked values.
+  // Unpacked values may be larger than the true values by an offset (kOffsetLog2). To correct this,
+  // sums begin with minus the offset times the sum of the activations. These are the activations of
+  // the block or, if its halves have scales of their own, of half `part`.
   MISTRAL_SIMD static Ints minus_offset(const ByteActivations::Block& x, int part) {
     if (Vectors::kOffsetLog2 == 0) return broadcast_int(0);
     Ints sum = broadcast_int(x.minus_sums[part]);

@@ -1,5 +1,5 @@
-// The scales of 256 values of four rows, for byte_chunk_512.h. Each 128-bit lane belongs to a block
-// of 32 values. Its four places (mixed_rows.h) belong to the four rows.
+// The scales of 256 values of four rows, for byte_chunk_512.h. Each 128-bit lane of a vector
+// belongs to a block of 32 values. It has four places of 32 bits, one for each row.
 #pragma once
 
 #include "unpack_words.h"
@@ -12,11 +12,11 @@ struct ByteScales {
   static constexpr int kRows = 4;
 
   // Element 0 of each array belongs to blocks 0 to 3, element 1 to blocks 4 to 7. In q6_k each half
-  // of a block has a scale. There `factors` has the scales of the first halves at places 0 and 1
-  // (rows 0 and 1), and those of the last halves at places 2 and 3 (rows 2 and 3). `other_factors`
-  // has the scales of the other halves.
+  // of a block has a scale. There `factors` has the scales of the first halves for rows 0 and 1,
+  // and those of the last halves for rows 2 and 3. `other_factors` has the scales of the other
+  // halves. This is how the sums of halves come out of the mixed vectors of byte_chunk_512.h.
   __m512 factors[2], other_factors[2];
-  __m512 minima[2];  // set if Format::kMinima; multiplied by the sums of activations
+  __m512 minima[2];  // if Format::kMinima: to multiply by the sums of activations
 
   // `row_scales` points to the scales of the whole rows. `k` is the index of the first value, a
   // multiple of 256. `there` is the number of values from there to the end of a row, at most 256.

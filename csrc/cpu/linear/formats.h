@@ -6,8 +6,9 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Rows of activations and of unpacked weights are padded with zeros to a multiple of kPadding
-// values. kPadding is a multiple of kValues of every chunk in this file.
+// Packed activations are padded with zeros to a multiple of kPadding values. So kernels can
+// multiply whole chunks or blocks at the end of a row too, and weights past the end may be any
+// finite numbers. kPadding is a multiple of kValues of every chunk in this file.
 constexpr int64_t kPadding = mistral::max(64, 8 * Vec::width);
 constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 
@@ -81,10 +82,15 @@ MISTRAL_SIMD uint64_t split_scales(const char* group) {
 }
 
 // A chunk is the part of a row that gemv.h reads at a time. It has kValues values. take(values)
-// sets the address of a chunk, and operand(i) unpacks operand i of its kVectors operands. Number
-// the elements of all operands of a row from 0. Then element i is value k_at(i) of the row, and
-// activations are packed in the same order. If kInOrder, k_at(i) is i. If kGrouped, the class
-// Scales loads the scales of neighbouring chunks and gives each lane its factor.
+// sets the address of a chunk. operand(i) unpacks some of its values to a vector, the operand of a
+// multiplication. A chunk has kVectors operands.
+//
+// Operands may hold the values in another order than memory. Position p, counted through the
+// operands of a whole row, holds value k_at(p) of the row. Activations are packed in the same
+// order. If kInOrder, k_at(p) is p.
+//
+// If kGrouped, groups of values have scales. Then the class Scales loads the scales of neighbouring
+// chunks and gives each lane its factor.
 
 template <class A, class T>
 struct PlainChunk {

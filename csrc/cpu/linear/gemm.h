@@ -3,7 +3,7 @@
 //   for each block of kBlockDepth values of k and kBlockRows rows
 //     unpack the block, whatever its format
 //     for each M vectors of tokens, at most kVectors
-//       for each R rows (rows(M)): multiply, with the R x M sums in registers
+//       for each R = rows(M) rows: multiply, with the R x M sums in registers
 //
 // With up to kFewTokens tokens, memory limits the speed. Then kFewRows rows are multiplied over all
 // of k before the next rows. This way memory is read along rows, and prefetched kAheadBytes ahead.
@@ -13,7 +13,8 @@
 //
 //   x [K / kBlockDepth, T / width, kBlockDepth / kDepth, width, kDepth]
 //
-// Here kDepth is 2 if pairs of bf16 are multiplied, else 1 (arithmetic.h).
+// Here K is the number of values of a token and T the number of tokens, both padded with zeros. A
+// vector has `width` lanes. kDepth is 2 if pairs of bf16 are multiplied, else 1 (arithmetic.h).
 //
 // A tile class multiplies R rows by M vectors and sets the sizes of the blocks: VectorTile here, or
 // AmxTile in gemm_amx.h.
@@ -27,13 +28,13 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Multiplies with vector instructions. The weights of a block stay in the L2 cache. The activations
-// of M vectors stay in L1.
+// Multiplies with vector instructions. The weights of a block (96 KB) stay in the L2 cache. The
+// activations of M vectors (at most 32 KB) stay in L1.
 template <class A>
 struct VectorTile {
   using Element = typename A::Element;
   static constexpr int64_t kDepth = A::kDepth;
-  // The number of values of k in a block. They take 1 KB for each token or row.
+  // The number of values of k in a block: 1 KB of each row and token.
   static constexpr int64_t kBlockDepth = 256 * kDepth;
   static constexpr int64_t kBlockTokens = 256;
   static constexpr int64_t kBlockRows = 96;  // a multiple of rows()
@@ -55,9 +56,9 @@ struct VectorTile {
 
   // Computes the products over `depth` values of k, for R rows from `row` on and M vectors of
   // tokens. `first` says whether this is the first block of k. If so, the products are written to
-  // `sums` [M, R of kTaskRows, width], else added to them. Each block is summed on its own first,
+  // `sums` [M, kTaskRows, width], else added to them. Each block is summed on its own first,
   // because one running sum over thousands of values would lose digits. `weights` and `sums` begin
-  // at the first row of the block.
+  // at row 0 of the block, not at `row`.
   template <int R, int M>
   static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
                        int64_t depth, bool first, float* sums) {

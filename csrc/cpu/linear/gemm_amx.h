@@ -1,6 +1,6 @@
 // The tile of gemm.h with AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2 tile
-// registers. Unpacked weights are operand a as they are, and packed activations are operand b
-// (tile_dot_bf16 in amx.h).
+// registers. Unpacked weights are operand a of tile_dot_bf16 (amx.h), and packed activations are
+// its operand b. Neither has to be rearranged.
 //
 // Loads of tile registers could limit the speed. A product takes 16 cycles and a load from the L1
 // cache 8. So 4 loads for 4 products take half of the time of the products if they are from L1, but
@@ -14,7 +14,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The tile class for tasks of kBlocks blocks of rows.
+// The tile class for tasks of kBlocks blocks of rows. The gradient (backward.cpp) takes more blocks
+// than `linear`.
 template <int64_t kBlocks>
 struct AmxTileOf {
   using Element = bf16;

@@ -6,9 +6,9 @@
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each group of rows: add the products of the block
 //
-// The sum of an output stays a vector until all of k is added: each block of 32 values has a lane
-// or lanes of its own. The panel and the sums of its rows stay in the L2 cache. The activations of
-// 4 tokens (with i8mm of 4 pairs of tokens, each packed together) stay in L1.
+// The sum of an output stays a vector until all of k is added. The panel and the sums of its rows
+// stay in the L2 cache. The activations of 4 tokens (with i8mm of 4 pairs of tokens, each packed
+// together) stay in L1.
 //
 // AVX-512 with VNNI has another panel (gemm_bytes_512.h). There fewer than kFewest tokens are
 // multiplied as by gemv, because making the panel would take longer than it saves.

@@ -31,10 +31,10 @@ constexpr int kTokensAtATime = 4;
 template <class A, class T>
 constexpr int kTokensAtATime<PlainChunk<A, T>> = Vec::width == 16 ? 8 : 4;
 // The number of rows that are multiplied at a time by N tokens, unless kTakesWholeRows or
-// kPairsRows says otherwise. With one token it is one row, so that memory delivers a single stream.
-// With two tokens it is one row on AVX-512. Otherwise it is two rows, which share the loads of
-// activations, if the registers hold all sums. AVX2 has 16 registers, so with three or four tokens
-// it is one row. AVX-512 has 32, so with more than four tokens it is one row.
+// kPairsRows says otherwise. One row at a time is a single stream, which memory delivers fastest.
+// This is best with one token and, as measured, with two tokens on AVX-512. Two rows at a time
+// share the loads of activations. This is best with more tokens, as long as the registers hold all
+// sums: those of two tokens on AVX2, which has 16 registers, and of up to four elsewhere.
 template <class Chunk, int N>
 constexpr int kRowsAtATime =
     N == 1 || N > 4 || (Vec::width == 16 && N == 2) || (Vec::width == 8 && N > 2) ? 1 : 2;
@@ -261,7 +261,8 @@ struct Product {
   }
 };
 
-// Prefetches the scales of `rows` rows, which begin 2 * `rows` rows after the first row of `w`.
+// Prefetches the scales of `rows` rows, from row 2 * `rows` of `w` on. If every call has `rows`
+// rows, these are the rows of the call after the next.
 template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;

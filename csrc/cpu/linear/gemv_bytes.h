@@ -8,7 +8,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Takes the place of a chunk type (formats.h) where weights of this format are multiplied in bytes.
+// A tag in the place of a chunk type (formats.h). It selects products in bytes (Few, below).
 template <WeightFormat format>
 struct InBytes {
   struct Arithmetic {

@@ -3,7 +3,7 @@
 //
 //   take(values, scales, group_log2, k, there)   unpacks values of kRows rows from k on; each row
 //                                                has `there` of them
-//   add(x, totals)                               multiplies the unpacked values by activations of N
+//   add(lines, totals)                           multiplies the unpacked values by activations of N
 //                                                times kTokens tokens, and adds to the totals
 //   Sums, store_sums                             vectors with the totals of kRows rows and kTokens
 //                                                tokens

@@ -14,7 +14,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Takes the place of a chunk type where a format is multiplied as in this file.
+// A tag in the place of a chunk type (formats.h). It selects the kernels of this file (Few, below).
 template <WeightFormat format>
 struct InHalves {
   struct Arithmetic {
@@ -36,7 +36,8 @@ struct HalvesLayout;
 #if defined(__ARM_FEATURE_DOTPROD)
 
 // What the chunk types (gemv_chunks.h) of all formats have in common. It does not depend on the
-// format, so weights of several formats can share packed activations (PackedAlike).
+// format, so weights of several formats can share packed activations (PackedAlike in
+// activations.h).
 struct HalvesLayout {
   static constexpr int kTokens = 1;
   static constexpr int64_t kValues = 128;
@@ -53,7 +54,7 @@ struct HalvesLayout {
   }
 };
 
-// The part that chunks of one row and of several rows share.
+// The code that the chunks of one row and of two rows share.
 template <WeightFormat format>
 struct HalvesFormat : HalvesLayout {
   // The scales of the four blocks from value k on. The row has `there` of their values. Blocks past
@@ -206,14 +207,15 @@ constexpr int64_t packed_halves_row(int64_t inputs) {
   return Layout::kHeadBytes + ceil_div(inputs, Layout::kValues) * Layout::kLineBytes;
 }
 
-// The unit in which the largest of some numbers can be split into a high and a low byte of at most
-// 127. It is that of unit_of. If the largest number is within a 256th of the next power of two, it
-// is twice that. `magnitude` is as for unit_of.
+// The unit in which all of some numbers can be split into two signed bytes. The largest integer of
+// two signed bytes is 256 x 127 + 127 = 32639. So the unit is that of unit_of (integers.h) or, if
+// the largest number would then be rounded to more than 32639, twice as large. `magnitude` is the
+// same as for unit_of: the largest magnitude of the numbers, as the bits of a float.
 inline Unit unit_of_halves(int32_t magnitude) {
   const Unit unit = unit_of(magnitude);
   float largest;
   memcpy(&largest, &magnitude, sizeof largest);
-  // The largest integer is 256 x 127 + 127 = 32639. A number of 32639.5 would be rounded to 32640.
+  // 32639.5 would be rounded to 32640.
   if (largest * unit.inverse >= 32639.5f) return {2 * unit.value, unit.inverse / 2};
   return unit;
 }

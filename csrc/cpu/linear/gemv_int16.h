@@ -1,4 +1,4 @@
-// gemv for weights of 8 and 4 bits in 16-bit integers. Widening every weight to a float would take
+// gemv in 16-bit integers, for int8, q8_0 and int4. Widening every weight to a float would take
 // longer than reading it from memory. One instruction multiplies 16-bit integers and adds pairs of
 // products, which is exact. AVX2 also has an instruction for bytes. But its sums have 16 bits, so
 // activations would have to lose bits to fit.

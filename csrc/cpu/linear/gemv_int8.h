@@ -22,8 +22,9 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Takes the place of a chunk type where a format is multiplied as in this file. A packed token has
-// a TokenHead, then a line for each chunk, with its high bytes and its low bytes.
+// Takes the place of a chunk type (formats.h) and so selects this file's kernels (Product, below).
+// A packed token has a TokenHead, then a line for each chunk, with its high bytes and its low
+// bytes.
 struct InIntegers {
   struct Arithmetic {
     using Element = uint8_t;

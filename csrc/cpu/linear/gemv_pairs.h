@@ -11,7 +11,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Takes the place of a chunk type where a format is multiplied as in this file.
+// A tag in the place of a chunk type (formats.h). It selects the kernels of this file (Few, below).
 struct InPairs {
   struct Arithmetic {
     using Element = char;
@@ -113,8 +113,8 @@ struct PairChunk {
   }
 };
 
-// The chunk for one row. All places (mixed_rows.h) of a lane of the sums belong to this row, and
-// hold the same sum.
+// The chunk for one row. In the sums, the four 32-bit places of a 128-bit lane all hold the same
+// sum of this row.
 struct PairRow {
   static constexpr int kRows = 1;
   static constexpr int kTokens = 1;

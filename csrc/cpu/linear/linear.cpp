@@ -1,4 +1,5 @@
-// The weights of a call are its parts (linear.h), such as query, key and value, or gate and up.
+// The op `linear` on the CPU. It multiplies the activations of a call by one or more weights, the
+// parts of the call (linear.h), such as query, key and value, or gate and up.
 //
 // First the activations of each token are packed (activations.h). They are normalised if the layer
 // has a norm, converted, and put in the order in which the weight format unpacks its values. Then
@@ -17,8 +18,8 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 // About the fewest bytes of weights that a thread takes at a time in gemv. With SwiGLU, a thread
-// takes as many bytes of each part. The prefetch comes too late for the first kAheadBytes of a
-// range, so ranges must be much longer than that.
+// takes as many bytes of each part. The prefetch comes too late for the first kAheadBytes of these
+// bytes, so there must be many more.
 constexpr int64_t kLeastBytes = 1 << 16;
 constexpr int64_t kMostRows = 512;  // the most rows whose outputs are written together
 
@@ -208,7 +209,7 @@ void pack_for_many(const LinearParams& p, const Scratch<T>& scratch, int64_t par
                    int64_t vector, const T* const* x, int64_t count) {
   using Tile = typename TileOf<T>::type;
   using Element = typename Tile::Element;
-  // The order of k in which `unpack` leaves the values, as this type defines it.
+  // `unpack` (unpack.h) leaves the values of a row in the order of this type's k_at.
   using Order = typename ChunkOf<format, float>::type;
   const int64_t stride_x = padded(p.inputs);
   auto* rows = reinterpret_cast<Element*>(scratch.rows) + vector * Vec::width * stride_x;
@@ -240,8 +241,8 @@ void pack_tokens(const LinearParams& p, const Scratch<T>& scratch, int64_t vecto
   }
 }
 
-// Writes the products of the rows of the block with `tokens` tokens from first_token on to
-// buffers.sums. With SwiGLU, these are the rows of both parts.
+// Multiplies the rows of the block by `tokens` tokens, the first of which is first_token. With
+// SwiGLU, multiplies the rows of both parts. Writes the products to buffers.sums.
 template <class T, class Tile>
 void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const RowBlock& block,
                          int64_t first_token, int64_t tokens, ManyBuffers<Tile>& buffers) {
@@ -295,7 +296,8 @@ void linear_many(const LinearParams& p, int threads) {
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
   const int64_t parts = swiglu ? 2 : 1;  // the number of parts whose rows a task multiplies
   // A task has kTaskRows rows, counting both parts with SwiGLU. If this makes fewer than four tasks
-  // for each thread, a task has fewer rows, but at least kBlockRows.
+  // for each thread, a task has fewer rows, but at least kBlockRows. More tasks keep all threads
+  // busy to the end.
   int64_t rows_per_task = Tile::kTaskRows / parts;
   while (rows_per_task > Tile::kBlockRows / parts &&
          count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
