@@ -115,7 +115,7 @@ MISTRAL_SIMD Vec look_up(Words w) {
 }
 struct GroupScales {
   int group_log2;
-  bool two;  // each half of the lanes has its own scale
+  bool two;  // the words of a vector are in two groups, so each half of the lanes has its own scale
 
   using Loaded = const bf16*;
 
