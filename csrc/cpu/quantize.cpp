@@ -17,9 +17,9 @@ namespace {
 constexpr int kGroups = kSuperBlock / kGroup4;  // the number of groups in a super-block
 
 // The scales that are tried. With ratio r, the weight of largest magnitude, divided by the scale,
-// is an end of kTable4 divided by r. If r is above 1, the weights do not reach the end of the
-// table. If r is below 1, the largest weights are cut off. Each ratio is tried with both ends.
-// Twice as many ratios would reduce the error by another 0.3 %.
+// is an end of kTable4 (-127 or 113) divided by r. If r is above 1, the weights do not reach the
+// end of the table. If r is below 1, the largest weights are cut off. Each ratio is tried with both
+// ends. Twice as many ratios would reduce the error by another 0.3 %.
 constexpr float kTried[] = {0.86f, 0.94f, 1.02f, 1.10f};
 
 // 32 weights x, and how much the error of each counts: v.

@@ -31,8 +31,8 @@ MISTRAL_SIMD void mix_rows(const __m512i (&rows)[4], __m512i (&mixed)[4]) {
   mix_pairs(alternate(0, 1), alternate(1, 0), alternate(2, 3), alternate(3, 2), mixed);
 }
 
-// Place p of the result is place p ^ 1 (swap_neighbours) or p ^ 2 (swap_pairs) of the same lane of
-// x.
+// In each 128-bit lane, swap_neighbours swaps places 0 and 1, and places 2 and 3. swap_pairs swaps
+// places 0 and 2, and places 1 and 3.
 MISTRAL_SIMD Ints swap_neighbours(Ints x) { return {_mm512_shuffle_epi32(x.v, _MM_PERM_CDAB)}; }
 MISTRAL_SIMD Ints swap_pairs(Ints x) { return {_mm512_shuffle_epi32(x.v, _MM_PERM_BADC)}; }
 

@@ -23,8 +23,8 @@ MISTRAL_SIMD int byte_at(const char* p) { return static_cast<uint8_t>(*p); }
 // Finds the scale and the minimum of a block (0 to 7) of q4_k or q5_k. `bytes` are the 12 bytes in
 // which a super-block (256 values) packs its scales and minima. Bytes 0 to 3 hold the scales of the
 // first four blocks in their low 6 bits, and bytes 4 to 7 their minima. Bytes 8 to 11 hold the low
-// 4 bits of the scales and minima of the last four blocks. The high 2 bits of these are the top
-// bits of bytes 0 to 7.
+// 4 bits of the scales and minima of the last four blocks. Their high 2 bits are the top bits of
+// bytes 0 to 7.
 MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* minimum) {
   const int first_scale = byte_at(bytes + block % 4),
             first_minimum = byte_at(bytes + 4 + block % 4);
@@ -266,7 +266,8 @@ MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* off
 #endif
 
 // Unpacks 8 vectors of values of the first row, from value k on. Vector i has value i of each word,
-// which is the order of Int4Chunk::k_at. Words past the end of the row count as 0. Calls put(i, values) for each vector.
+// which is the order of Int4Chunk::k_at. Words past the end of the row are 0. Calls put(i, values)
+// for each vector.
 template <WeightFormat format, class Put>
 MISTRAL_SIMD void unpack_words(const WeightRows& w, int64_t k, const Put& put) {
   constexpr int64_t kValues = 8 * Vec::width;

@@ -92,8 +92,9 @@ MISTRAL_SIMD void from_float(float x, f16* out) {
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // 65520 or more rounds to infinity
   } else if (magnitude < 0x38800000u) {
-    // A subnormal result is a whole number of units of 2^-24. After adding 0.5, this number is in
-    // the low bits of the sum, and the addition has rounded it to nearest even.
+    // A subnormal result is a whole number of units of 2^-24. The last bit of a float near 0.5
+    // stands for 2^-24, too. So adding 0.5 rounds to a whole number of units, to nearest even, and
+    // this number is in the low bits of the sum.
     float value;
     memcpy(&value, &magnitude, sizeof value);
     value += 0.5f;
