@@ -1,8 +1,8 @@
-// Computes the two formulas of lora.h in two loops over tasks. In the first loop, a task multiplies
-// a block of tokens by a few rows of A, which gives `hidden`. In the second loop, a task multiplies
-// `hidden` by B, and adds a block of outputs to `out` for a block of tokens. Two neighbouring
-// tokens with the same adapter are computed together, so that they share the loads of A and B. This
-// does not change the order of the additions of an output.
+// Computes hidden = scale * (x A^T) and out += hidden B (lora.h), each in a loop over tasks. In the
+// first loop, a task multiplies a block of tokens by a few rows of A. In the second loop, a task
+// multiplies a block of tokens of `hidden` by B, for a block of outputs. Two neighbouring tokens
+// with the same adapter are computed together, so that they share the loads of A and B. The
+// additions of an output keep their order, so its bits do not depend on the neighbour.
 #include "../lora.h"
 
 #include "kernels.h"
@@ -13,12 +13,13 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 constexpr int64_t kTaskTokens = 8;
-constexpr int64_t kTaskRows = 4;  // the sums of 4 rows x 2 tokens take 8 registers
+constexpr int64_t kTaskRows = 4;  // with 2 tokens: 8 running sums, which fit in registers
 constexpr int64_t kTaskOutputs = 1024;
 constexpr int64_t kTileTokens = 2;
 constexpr int64_t kTileVectors = 4;
 // The number of vectors that are summed before the sum is added to the total. One running sum over
-// thousands of values would lose digits, most of all with one lane.
+// thousands of values would lose digits, most of all on the scalar set, where one lane takes all of
+// them.
 constexpr int64_t kVectorsPerSum = 32;
 
 template <int64_t kCount>
@@ -84,8 +85,8 @@ void multiply(const T* a, const T* x, int64_t stride_x, int64_t dim, float* out)
   }
 }
 
-// Writes the scaled products of kTokens tokens with rows [first, first + kRows) of one part of A to
-// p.hidden. The tokens have the same adapter.
+// Writes the scaled products of kTokens tokens with rows [first, first + kRows) of A to p.hidden,
+// for one part: one of the layers that share x (lora.h). The tokens have the same adapter.
 template <class T, int64_t kRows, int64_t kTokens>
 void shrink(const LoraParams& p, int64_t token, int64_t adapter, int64_t part, int64_t first) {
   const int64_t row = part * p.max_rank + first, rows = p.num_parts * p.max_rank;

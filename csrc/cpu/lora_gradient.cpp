@@ -1,5 +1,6 @@
-// A task computes a block of columns of the gradient of one adapter. It takes kBlockTokens tokens
-// at a time. Their columns of x stay in the cache while all rows of the gradient are computed.
+// The gradient of A or of B (LoraGradientParams in lora.h). A task computes a block of columns of
+// the gradient of one adapter. It takes kBlockTokens tokens at a time. Their columns of x stay in
+// the cache while all rows of the gradient are computed.
 #include "../lora.h"
 
 #include "kernels.h"
@@ -13,11 +14,12 @@ constexpr int64_t kTaskColumns = 256;
 // The number of tokens whose products are summed before the sum is added to the result. One running
 // sum over thousands of tokens would lose digits.
 constexpr int64_t kBlockTokens = 128;
-constexpr int64_t kSumRows = 4;  // the sums of 4 rows x 2 vectors take 8 registers
+constexpr int64_t kSumRows = 4;  // with 2 vectors: 8 running sums, which fit in registers
 constexpr int64_t kSumVectors = 2;
 
-// Adds the product hidden^T x of `count` tokens to a block of `out`: kRows rows from `row` on, and
-// kVectors vectors of columns from `column` on. load_at and store_at load and store a vector.
+// Adds hidden[row] * x[column], summed over `count` tokens, to a block of `out`: kRows rows from
+// `row` on, and kVectors vectors of columns from `column` on. load_at and store_at load and store a
+// vector.
 template <class T, int64_t kRows, int64_t kVectors, class Load, class Store>
 void add_products(const LoraGradientParams& p, const int64_t* tokens, int64_t count, int64_t row,
                   int64_t column, float* out, const Load& load_at, const Store& store_at) {

@@ -17,8 +17,9 @@ MISTRAL_SIMD Vec add_rounded(Vec x, Vec residual) {
 }
 
 // Returns sum(h^2), with h = x if `residual` is null. Otherwise h = x + residual, which is also
-// stored in `residual`. The squares are summed in blocks of kVectorsPerBlock vectors, because one
-// running sum over thousands of elements would lose digits, most of all if a vector has one lane.
+// stored in `residual`. The squares are summed in blocks of kVectorsPerBlock vectors. One running
+// sum over thousands of elements would lose digits, most of all on the scalar set, where one lane
+// takes all of them.
 template <class T>
 float add_and_square(const T* x, T* residual, int64_t dim) {
   Vec squares = broadcast(0.0f);

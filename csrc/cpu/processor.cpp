@@ -31,8 +31,8 @@ const int64_t kL1Bytes = l1_bytes();
 namespace {
 
 // Whether the processor has AMX with bf16 and the operating system lets this process use it. This
-// function asks for the permission. A process has to, because tiles add 8 KB to what the system
-// saves for each thread.
+// function asks the system for the permission. Without it AMX stays off, because tiles add 8 KB to
+// what the system saves for each thread.
 bool amx_permitted() {
 #if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx

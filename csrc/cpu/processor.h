@@ -11,11 +11,10 @@ namespace mistral::cpu {
 // False for the sets of another architecture.
 bool processor_has(Isa isa);
 
-// Says where weights are prefetched to: into the L2 cache if true, into L1 alone if false. It is
-// true on Intel processors. An Intel core can wait for few lines of its L1 at a time, but for many
-// lines of its L2, so it reads weights twice as fast through L2. An AMD core reads them as fast
-// through L1 alone. Then weights, which are used only once in a pass, do not push other data out of
-// its L2.
+// Whether weights are prefetched into the L2 cache (true) or into L1 alone (false). It is true on
+// Intel processors. An Intel core can wait for few lines of its L1 at a time, but for many lines of
+// its L2, so it reads weights twice as fast through L2. An AMD core is as fast through L1 alone.
+// There weights, which a pass uses only once, push no other data out of L2.
 extern const bool kFetchesIntoL2;
 
 // The bytes of a core's L1 data cache.

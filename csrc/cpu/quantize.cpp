@@ -1,9 +1,9 @@
 // Rounds weights to iq4_nl and iq4_xs (quantize.h). A task rounds one row.
 //
-// For each 32 values a few scales are tried. Let x be the weights, t the elements of kTable4 that a
-// tried scale chooses for them, and v how much the squared error of each weight counts. For these t
-// the best scale is sum(v x t) / sum(v t t). It leaves the error sum(v x x) - sum(v x t)^2 / sum(v
-// t t). Of the best scales found in this way, the one with the least error is taken.
+// For each 32 weights x a few scales are tried. Rounding with a tried scale gives elements t of
+// kTable4. The scale that suits these t best is sum(v x t) / sum(v t t), where v is how much the
+// squared error of each weight counts. It leaves the error sum(v x x) - sum(v x t)^2 / sum(v t t).
+// Of the scales found in this way, the one with the least error is taken.
 #include "../quantize.h"
 
 #include "kernels.h"
@@ -16,10 +16,10 @@ namespace {
 
 constexpr int kGroups = kSuperBlock / kGroup4;  // the number of groups in a super-block
 
-// The scales that are tried. Each is given by a ratio r = (an end of kTable4) / (the weight of
-// largest magnitude / the scale). If r is above 1, the weights do not reach the end of the table.
-// If r is below 1, the largest weight is cut off. Each ratio is tried with both ends. Twice as many
-// ratios would reduce the error by another 0.3 %.
+// The scales that are tried. With ratio r, the weight of largest magnitude, divided by the scale,
+// is an end of kTable4 (-127 or 113) divided by r. If r is above 1, the weights do not reach the
+// end of the table. If r is below 1, the largest weights are cut off. Each ratio is tried with both
+// ends. Twice as many ratios would reduce the error by another 0.3 %.
 constexpr float kTried[] = {0.86f, 0.94f, 1.02f, 1.10f};
 
 // 32 weights x, and how much the error of each counts: v.
@@ -72,7 +72,7 @@ MISTRAL_SIMD float extreme_of(const Group& g) {
 
 float inverse(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
-// Returns the scale of a group with the least error, found as the head of this file says. Returns 0
+// Returns the scale of a group with the least error, found as the top of this file describes, or 0
 // if all weights are 0.
 float best_scale(const Group& g) {
   const float extreme = extreme_of(g);
@@ -126,10 +126,10 @@ float upper_scale(const float* group_scales, f16* out) {
   return as_f16(largest / kLeastMultiple, out);
 }
 
-// Returns the multiple of a group that leaves the least error. The middle multiple, which makes the
-// scale nearest to group_scale, and its two neighbours are tried. 0 is not tried, because it would
-// make all weights 0. Returns the middle multiple if no multiple leaves less error than weights of
-// 0, or if the sums are not finite.
+// Returns the multiple of a group that leaves the least error. Tries `middle`, the multiple that
+// makes the scale nearest to group_scale, and its two neighbours. 0 is left out, because it would
+// make all weights 0. If no multiple leaves less error than weights of 0, or if the sums are not
+// finite, returns `middle`.
 int best_multiple(const Group& g, float group_scale, float upper) {
   const float nearest = rintf(group_scale * inverse(upper));
   const int middle = static_cast<int>(fminf(fmaxf(nearest, kLeastMultiple), kMostMultiple));
@@ -164,9 +164,9 @@ void round_group(const Group& g, uint32_t* words, f16* scale) {
   nearest_words(g.x, inverse(as_f16(best_scale(g), scale)), words);
 }
 
-// Sets how much the error of each weight counts: its magnitude plus `typical`, multiplied by the
-// importance of its input. `importance` may be null: then all inputs count alike. Returns the error
-// that would remain if all weights became 0.
+// Sets v, how much the error of each weight counts: its magnitude plus `typical`, multiplied by the
+// importance of its input. So large weights count more. If `importance` is null, all inputs count
+// alike. Returns the error that would remain if all weights became 0.
 MISTRAL_SIMD float weigh(Group& g, const float* importance, float typical) {
   Vec error = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {
@@ -192,8 +192,8 @@ MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int coun
   const float mean = sum(total) / static_cast<float>(count);
   for (int i = 0; i < count / kGroup4; ++i) {
     if (importance && weigh(groups[i], importance + i * kGroup4, mean) != 0.0f) continue;
-    // Weights count by their size alone if there are no importances, or if the squares of this
-    // group sum to 0 when they are multiplied by the importances.
+    // Without importances, weights count by their size alone. They also do so if the importances
+    // leave this group no error to reduce, for example because all are 0.
     weigh(groups[i], nullptr, mean);
   }
 }
@@ -223,9 +223,9 @@ void round_row(const QuantizeParams& p, int64_t row) {
   p.largest[row] = largest;
 }
 
-// Rounds the columns of one group of a row, one after another. The error of each column is
-// compensated in the columns that follow, as its row of p.factor says. Column i of `row` then holds
-// its error (QuantizeFeedbackParams).
+// Rounds the columns of one group of a row, one after another. To compensate the error of a column,
+// all later columns of the row are changed. Row i of p.factor says how much for column i. Column i
+// of `row` then holds its error (QuantizeFeedbackParams in quantize.h).
 void feed_back(const QuantizeFeedbackParams& p, float* row, int64_t first, float scale,
                uint32_t* words) {
   for (int i = 0; i < kGroup4 / 8; ++i) words[i] = 0;

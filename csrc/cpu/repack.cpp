@@ -49,11 +49,11 @@ void add_fifth_bits(const uint8_t* in, uint8_t* integers) {
   }
 }
 
-// ---- Words of 4 bits, and further words (formats.h)
+// ---- Words of 4-bit integers, and further words with their higher bits (csrc/formats.h)
 
 static_assert(int4_shift(1) == 16 && int4_shift(2) == 4 && int4_shift(4) == 8);
 
-// Moves the two low bytes of a word to the low bytes of its halves.
+// Moves bytes 0 and 1 of a word below 2^16 to its bytes 0 and 2.
 uint32_t spread(uint32_t word) { return (word | word << 8) & 0x00ff00ff; }
 
 // Packs the low 4 bits of kCount integers into words.
@@ -62,7 +62,7 @@ void pack(const uint8_t* integers, uint32_t* words) {
   for (int i = 0; i < kCount / 8; ++i) {
     const uint32_t first = load_word(integers + 8 * i) & 0x0f0f0f0f;
     const uint32_t last = load_word(integers + 8 * i + 4) & 0x0f0f0f0f;
-    // Bytes 0 and 1 get, in their high halves, the integers of bytes 2 and 3.
+    // The integers of bytes 2 and 3 go to the high 4 bits of bytes 0 and 1.
     words[i] = spread((first | first >> 12) & 0xffff) | spread((last | last >> 12) & 0xffff) << 8;
   }
 }
@@ -90,7 +90,8 @@ void store_wide(const uint8_t* integers, uint8_t* out) {
     for (int i = 0; i < 4; ++i) {
       const int shift = kBits == 5 ? fifth_bit_shift(i, 0) : high_bits_shift(i, 0);
       const uint32_t word = high_words[4 * block + i];
-      // Puts the high bits of the second integer of a byte beside those of the first.
+      // Each byte of `word` has two integers, one in its low and one in its high 4 bits. Moves the
+      // second beside the first.
       const uint32_t bits = (word | word >> (8 - kBits)) & kMask;
       words[kBlocks * (4 + i / kShare) + block] |= bits << shift;
     }
@@ -199,8 +200,8 @@ void repack_row(const RepackParams& p, int64_t row) {
   }
 }
 
-// The rows that a thread takes at a time have at least this many values together, some 10 us of
-// work.
+// The rows that a thread takes at a time have at least this many values together. That is some 10
+// us of work, so the time to take rows does not matter.
 constexpr int64_t kValuesAtOnce = int64_t{1} << 15;
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A task computes a block of rows.
+// The gradient of the input of RMSNorm (rms_norm.h). A task computes a block of rows.
 #include "../rms_norm.h"
 
 #include "kernels.h"
@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 4;
 
-// Returns sum(x * weight * d_out). The products are summed in blocks, as in add_and_square
-// (norm.h).
+// Returns sum(x * weight * d_out). The products are summed in blocks, so that the sum loses few
+// digits (add_and_square in norm.h).
 template <class T>
 float weighted_product(const T* x, const T* weight, const T* d_out, int64_t dim) {
   Vec total = broadcast(0.0f);
@@ -31,9 +31,9 @@ float weighted_product(const T* x, const T* weight, const T* d_out, int64_t dim)
   return sum(total);
 }
 
-// d_x = factor * (weight * d_out - shrink * x), with factor = 1 / sqrt(mean(x^2) + eps). This is
-// the formula of rms_norm.h: n = factor * x, so n * mean(g * n) = shrink * x with shrink = factor^2
-// * mean(g * x).
+// d_x = factor * (weight * d_out - shrink * x), with factor = 1 / sqrt(mean(x^2) + eps) and shrink
+// = factor^2 * mean(x * weight * d_out). This is the formula of rms_norm.h, with factor * x in
+// place of n.
 template <class T>
 void input_gradient(const T* x, const T* weight, const T* d_out, T* d_x, int64_t dim, float factor,
                     float shrink) {

@@ -1,5 +1,6 @@
-// A task rotates all query and key heads of one token. If the token may be stored before attention
-// (ring.h), the task also stores its keys and values in the ring.
+// A task rotates all query and key heads of one token. It also stores the token's keys and values
+// in the ring, but only if attention does not need the token that they replace
+// (stored_before_attention in ring.h).
 #include "../rope.h"
 
 #include "append.h"

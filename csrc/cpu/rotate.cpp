@@ -1,4 +1,4 @@
-// A task rotates all heads of one token.
+// RoPE for training (rotate.h). A task rotates all heads of one token.
 #include "../rotate.h"
 
 #include "kernels.h"

@@ -13,8 +13,9 @@ constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kIdBits % kDigitBits == 0 && kRankBits % kDigitBits == 0);
 
-// Computes x (sample.h) of every token for row n of the logits. Writes the key of each x to `keys`,
-// and returns the highest rank.
+// Computes x, the logit after bias and penalties, of every token for row n of the logits. Writes
+// the key of each x to `keys`, and returns the highest rank. A key is x as an unsigned integer in
+// the same order. A rank is a key and a token id (sample.h).
 Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, uint32_t* keys) {
   const float* logits = p.logits + n * p.stride_logits_row;
   const float* bias = p.bias ? p.bias + p.rows[n] * p.vocab_size : nullptr;
@@ -34,10 +35,10 @@ Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, ui
   return rank_of(highest, first);
 }
 
-// Returns the lowest rank that passes the filter `top` (TopK or TopP of sample.h). Only the tokens
-// at or above the rank `threshold` take part. Their measures are summed from the highest rank down,
-// until the sum is enough. If it never is, the result is `threshold`. `measures` [V] holds the
-// measures of these tokens. If it is null, each measure is 1.
+// Returns the lowest rank that passes the filter `top` (TopK or TopP of sample.h). Such a filter
+// sums a measure over the tokens, from the highest rank down, until the sum is enough. Only the
+// tokens at or above the rank `threshold` take part. If their sum is not enough, the result is
+// `threshold`. `measures` [V] holds their measures. If it is null, each measure is 1.
 //
 // The result is found digit by digit, from its highest digit on. For each digit, a histogram is
 // made of the ranks that begin with the digits found so far. A bin has the sum of the measures of
@@ -85,18 +86,19 @@ uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, 
   return total;
 }
 
-// An upper bound of gumbel(word) = -log(-log(u)), found without a logarithm. -log(u) is at least 1
-// - u, so gumbel(word) is at most -log(1 - u). The binary exponent of 1 - u gives a bound of that.
-// The addend 1e-9 covers the rounding error of gumbel.
+// An upper bound of gumbel(word) = -log(-log(u)), found without a logarithm. u is the upper 53 bits
+// of the word, as a fraction. -log(u) is at least 1 - u, so gumbel(word) is at most -log(1 - u).
+// With the binary exponent of 1 - u one finds n such that 1 - u is at least 2^-n. Then n log(2) is
+// a bound. The addend 1e-9 covers the rounding error of gumbel.
 double gumbel_bound(uint64_t word) {
   constexpr double kLog2 = 0.6931471805599453;
   const uint64_t units = (uint64_t{1} << 53) - (word >> 11);  // 1 - u, in units of 2^-53
   return static_cast<double>(__builtin_clzll(units) - 10) * kLog2 + 1e-9;
 }
 
-// Draws one of the tokens at or above the rank `threshold`. A token whose score cannot win even
-// with the bound of its noise is skipped. This holds for most tokens, so few logarithms are
-// computed.
+// Draws one of the tokens at or above the rank `threshold`: the one with the highest score, which
+// is a scaled logit plus noise (gumbel). If even the upper bound of its noise would not make a
+// token win, the token is skipped. Most tokens are, so few logarithms are computed.
 int64_t draw(const NoiseState& noise, float largest, double temperature, const uint32_t* keys,
              int64_t vocab_size, Rank threshold) {
   int64_t chosen = -1;

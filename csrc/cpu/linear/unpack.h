@@ -1,6 +1,6 @@
 // Unpacks weights of every format to the elements that kernels multiply. gemm.h, backward.cpp and
-// embedding.cpp use this. gemv.h has chunks instead (formats.h), which unpack values in registers,
-// and gemv_unpacked.h uses this for the formats without a chunk.
+// embedding.cpp use this for all formats, gemv_unpacked.h for the formats without a chunk. Chunks
+// (formats.h) unpack the other formats for gemv.h, in registers.
 #pragma once
 
 #include "unpack_words.h"
@@ -10,14 +10,13 @@ namespace mistral::cpu::MISTRAL_ISA {
 constexpr int64_t kUnpacked = 8 * Vec::width;  // the number of values that are unpacked at a time
 
 // A function that unpacks kUnpacked values of the first row of `w`, from value k on. k is a
-// multiple of kUnpacked. Values past K become finite numbers. They do not matter, because the
-// activations there are 0. If the format consists of words, the values come in the order of
-// Int4Chunk::k_at (formats.h).
+// multiple of kUnpacked. Values past the end of the row become finite numbers. They do not matter,
+// because the activations there are 0. kUnpacksInOrder says in which order the values come.
 template <class Element>
 using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
 
-// Whether a format is unpacked in the order of the row. Otherwise it is unpacked in the order of
-// Int4Chunk::k_at.
+// Whether a format is unpacked in the order of the row. Formats that consist of words are not:
+// vector i has value i of each word (Int4Chunk::k_at in formats.h).
 template <WeightFormat format>
 constexpr bool kUnpacksInOrder = ChunkOf<format, float>::type::kInOrder;
 
@@ -32,8 +31,8 @@ MISTRAL_SIMD void put(bf16* out, Vec first, Vec second) {
 }
 #endif
 
-// The address of the values from k on. If fewer than kUnpacked values are left in the row, it is
-// the address of a copy that is padded with zeros.
+// The address from which kUnpacked values can be read, from value k on. If the row has fewer values
+// left, it is the address of a copy that is padded with zeros.
 struct ValuesAt {
   const char* values;
   char rest[kUnpacked * sizeof(float)];

@@ -1,6 +1,6 @@
-// Unpacks the formats that consist of words (csrc/formats.h), but for int4, to floats, a vector of
-// words at a time. Every value is fma(q, factor, offset), with a factor and an offset for each
-// word. Nothing is rounded before this fma.
+// Unpacks the formats that consist of words (csrc/formats.h) to floats, a vector of words at a
+// time. Only int4 is unpacked elsewhere, in unpack.h. Every value is fma(q, factor, offset), with a
+// factor and an offset for each word. Both are exact, so nothing is rounded before this fma.
 #pragma once
 
 #include "formats.h"
@@ -21,10 +21,10 @@ MISTRAL_SIMD float half_at(const char* p) {
 MISTRAL_SIMD int byte_at(const char* p) { return static_cast<uint8_t>(*p); }
 
 // Finds the scale and the minimum of a block (0 to 7) of q4_k or q5_k. `bytes` are the 12 bytes in
-// which a super-block packs its scales and minima. Bytes 0 to 3 hold the scales of the first four
-// blocks in their low 6 bits, and bytes 4 to 7 their minima. The other 2 bits of bytes 0 to 7 are
-// the high bits of the scales and minima of the last four blocks, whose low 4 bits are in bytes 8
-// to 11.
+// which a super-block (256 values) packs its scales and minima. Bytes 0 to 3 hold the scales of the
+// first four blocks in their low 6 bits, and bytes 4 to 7 their minima. Bytes 8 to 11 hold the low
+// 4 bits of the scales and minima of the last four blocks. Their high 2 bits are the top bits of
+// bytes 0 to 7.
 MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* minimum) {
   const int first_scale = byte_at(bytes + block % 4),
             first_minimum = byte_at(bytes + 4 + block % 4);
@@ -48,7 +48,7 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   const int block = static_cast<int>(k % kSuperBlock / 32);
   if constexpr (format == WeightFormat::q4_0) {
     const float d = half_at(group);
-    return {d, -8 * d};  // signed values are unpacked 8 too large
+    return {d, -8 * d};  // unpack_words makes the signed values 8 larger
   } else if constexpr (format == WeightFormat::q4_1) {
     return {half_at(group), half_at(group + 2)};
   } else if constexpr (format == WeightFormat::q4_z) {
@@ -73,11 +73,11 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   }
 }
 
-// For q5_k and q6_k: loads, for each word of a vector, the further word with the other bits of its
-// values (csrc/formats.h). A further word serves 4 words of a block in q5_k and 2 words in q6_k,
-// and the bits of each of these words lie at another place. They are shifted to where those of word
-// 0 lie, so that all lanes can be unpacked alike. `words` points to the words of the super-block,
-// which the further words follow. `first` is the index of the first word of the vector.
+// For q5_k and q6_k: loads, for each word of a vector, the further word that holds the high bits of
+// its values (csrc/formats.h). In q5_k 4 words share a further word, in q6_k 2. The bits of each
+// are at another place in it. A shift moves them to the place of those of word 0, so that all lanes
+// can be unpacked alike. `words` points to the words of the super-block, which the further words
+// follow. `first` is the index of the first word of the vector.
 template <WeightFormat format>
 MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
   uint32_t further[Vec::width];
@@ -113,17 +113,17 @@ MISTRAL_SIMD __m512 widen_signed(__m128i bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 
-// Unpacks the scales and minima of 6 bits of 8 blocks to bytes, as six_bit_scales (formats.h) does:
-// first the 8 scales, then the 8 minima. Each 128-bit lane of `groups` has the 16 bytes of scales
-// of one row.
+// Unpacks the scales and minima of 6 bits of a super-block (packed_scales) to bytes: first the 8
+// scales, then the 8 minima. Each 128-bit lane of `groups` has the 16 bytes of scales of one row.
 MISTRAL_SIMD __m512i six_bit_bytes(__m512i groups) {
   const auto of_words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint32_t words[4] = {a, b, c, d};
     return lanes_of([&](int lane) { return static_cast<int32_t>(words[lane % 4]); });
   };
-  // The scales of the first four blocks lie in one word, and so do their minima. The scales and
-  // minima of the last four blocks have their low bits in one word (DDDD) and their high bits in
-  // the words of the first four (CCBB).
+  // The 16 bytes are words 0 to 3. Word 1 holds the scales of the first four blocks, word 2 their
+  // minima. The top bits of these bytes, and word 3, belong to the last four blocks. So the words
+  // of `high` come from words 1, 1, 2 and 2 (CCBB, which begins with the last), those of `low` from
+  // word 3.
   const __m512i high =
       _mm512_srlv_epi32(_mm512_shuffle_epi32(groups, _MM_PERM_CCBB), of_words(0, 2, 0, 2));
   const __m512i low =
@@ -135,15 +135,15 @@ MISTRAL_SIMD __m512i six_bit_bytes(__m512i groups) {
       0xea);  // (a & b) | c
 }
 
-// Multiplies the scales and minima of 6 bits of the 8 blocks of a row by their units. Lane 2 b is
-// the scale of block b. Lane 2 b + 1 is its minimum with the sign changed, because minima are
-// subtracted.
+// Multiplies the scales and minima of 6 bits of the 8 blocks of a row by the units d and e, the two
+// fp16 numbers at `group`. Lane 2 b is the scale of block b. Lane 2 b + 1 is its minimum with the
+// sign changed, because minima are subtracted.
 MISTRAL_SIMD __m512 six_bit_pairs(const char* group) {
   const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
   const __m128i bytes = _mm512_castsi512_si128(six_bit_bytes(_mm512_castsi128_si512(all)));
   const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(bytes, order)));
-  // The two units alternate in the lanes. Those of the minima change their sign.
+  // The units alternate in the lanes. That of the minima changes its sign.
   int32_t units;
   memcpy(&units, group, sizeof units);
   const __m256i halves =
@@ -159,8 +159,8 @@ struct WordScales {
       kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
 
   __m512 factors[2];  // words 0 to 15, words 16 to 31
-  __m512 halves;      // the factor of each 16 values
-  __m512 minima;      // the offset of each 16 values, if kMinima
+  __m512 halves;      // a lane for each half of a block (16 values): its factor
+  __m512 minima;      // a lane for each half of a block: its offset, if kMinima
 
   // `row_scales` points to the scales of the whole row. `k` is the index of the first of the 256
   // values, a multiple of 256. `there` is the number of these values that the row has.
@@ -266,7 +266,8 @@ MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* off
 #endif
 
 // Unpacks 8 vectors of values of the first row, from value k on. Vector i has value i of each word,
-// which is the order of Int4Chunk::k_at. Words past K are 0. Calls put(i, values) for each vector.
+// which is the order of Int4Chunk::k_at. Words past the end of the row are 0. Calls put(i, values)
+// for each vector.
 template <WeightFormat format, class Put>
 MISTRAL_SIMD void unpack_words(const WeightRows& w, int64_t k, const Put& put) {
   constexpr int64_t kValues = 8 * Vec::width;

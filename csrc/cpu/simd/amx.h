@@ -1,6 +1,6 @@
-// Functions for AMX. Each function tile_... is one instruction. A thread has 8 tiles. A tile is a
-// matrix register of up to 16 rows of 64 bytes. A thread must configure its tiles before it uses
-// them. tests/amx emulates the instructions.
+// Functions for AMX, Intel's instructions for products of matrices. Each function tile_... is one
+// instruction. A thread has 8 tiles. A tile is a matrix register of up to 16 rows of 64 bytes. A
+// thread must configure its tiles before it uses them. tests/amx emulates the instructions.
 #pragma once
 
 #include <cstdint>
@@ -77,8 +77,8 @@ template <int tile>
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");
 }
 
-// c += a * b, with c [16][16] in fp32 and a [16][32] in bf16. b is a matrix of 32 rows and 16
-// columns in bf16. Its rows 2 k and 2 k + 1 are interleaved: [16][16 columns][2]. For each element
+// c += a * b, where c is [16][16] in fp32, a is [16][32] in bf16, and b is [32][16] in bf16. Row k
+// of the tile of b holds rows 2 k and 2 k + 1 of b, interleaved: [16 columns][2]. For each element
 // of c, the 32 products are summed first, then added.
 template <int c, int a, int b>
 [[gnu::always_inline]] inline void tile_dot_bf16() {

@@ -56,7 +56,8 @@ MISTRAL_SIMD Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) {
-  // 2^n is split into two factors, so that subnormal results are right, too.
+  // 2^n is split into two factors, because it may itself be too small or too large for a normal
+  // float.
   const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
@@ -115,7 +116,7 @@ MISTRAL_SIMD Vec look_up(Words w) {
 }
 struct GroupScales {
   int group_log2;
-  bool two;  // each half of the lanes has its own scale
+  bool two;  // the words of a vector are in two groups, so each half of the lanes has its own scale
 
   using Loaded = const bf16*;
 

@@ -105,12 +105,13 @@ MISTRAL_SIMD Vec to_vec(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
 MISTRAL_SIMD Vec look_up(Words w) {
   return {_mm512_permutexvar_ps(w.v, _mm512_load_ps(kFloatTable4.values))};
 }
-// Loads the bf16 scales of one or two vectors of words, and gives each lane its scale. A lane has a
-// word of 8 values. 2^group_log2 neighbouring values share a scale.
+// The bf16 scales of one or two neighbouring vectors of words. `load` loads them together, and
+// of_chunk gives each lane of vector i its scale. A lane has a word of 8 values. 2^group_log2
+// neighbouring values share a scale.
 struct GroupScales {
-  // For each vector of words, and each of its lanes, the index of the scale among the loaded 16-bit
-  // elements. The index is in the high half of the lane, because a bf16 is the high half of a
-  // float.
+  // index[i] has, for each lane of vector i, the index of its scale among the loaded 16-bit
+  // elements. It is in the high half of the lane, where the scale goes: a bf16 is the high half of
+  // a float.
   __m512i index[2];
   __mmask8 there;  // the scales that exist; others are not read
 

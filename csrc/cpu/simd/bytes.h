@@ -80,11 +80,12 @@ MISTRAL_SIMD __m256i widen_sums(__m256i sums) {
 // sums, a tree needs more registers than there are.
 MISTRAL_SIMD void keep_order(__m256i& sums) { asm("" : "+v"(sums)); }
 
-// In the vectors below, each of 8 blocks of 32 values has a 32-bit lane. This is the lane of a
-// block.
+// In the vectors below, each of 8 blocks of 32 values has a 32-bit lane. Even blocks have lanes 0
+// to 3 and odd blocks lanes 4 to 7, because the instructions of words_to_lanes move words within a
+// half of a vector only. This is the lane of a block.
 constexpr int lane_of(int block) { return block % 2 * 4 + block / 2; }
-// The words in `in` are 4 words for each of 8 blocks. Moves word i of each block to its lane of
-// out[i].
+// `in` holds 4 words of each of 8 blocks, one block after another. Moves word i of each block to
+// its lane of out[i].
 MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   const __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);
   const __m256i c = _mm256_unpackhi_epi32(in[0], in[1]), d = _mm256_unpackhi_epi32(in[2], in[3]);

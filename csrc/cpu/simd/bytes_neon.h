@@ -57,7 +57,7 @@ MISTRAL_SIMD int32x4_t add_byte_products(int32x4_t sums, int8x16_t a, int8x16_t 
 #endif
 }
 
-// The 32-bit lane of a block, 0 to 7, as in bytes.h.
+// The 32-bit lane of a block, 0 to 7. Unlike in bytes.h, lanes are in the order of the blocks.
 constexpr int lane_of(int block) { return block; }
 
 MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) {

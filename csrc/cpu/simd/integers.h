@@ -25,7 +25,7 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi8(static_cast<char>(0x88)))};
 }
-// Values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
+// Values 2 i and 2 i + 1 of each word (int4_shift in csrc/formats.h).
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm512_and_si512(_mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)),
                            _mm512_set1_epi16(15))};
@@ -74,8 +74,8 @@ MISTRAL_SIMD Ints add_products(Ints sums, Bytes without_sign, Bytes with_sign) {
   return sums;
 }
 
-// Rounds to integers, which must fit 16 bits. Splits each into a high byte, which is signed, and a
-// low byte, which is unsigned, and stores high and low bytes apart.
+// Rounds to integers, which must fit 16 bits. Splits each into a signed high byte and an unsigned
+// low byte, because add_products multiplies bytes. Stores high and low bytes apart.
 MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
   const __m512i rounded = _mm512_cvtps_epi32(x.v);
   _mm_storeu_si128(static_cast<__m128i*>(high),
@@ -110,7 +110,7 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
 }
-// Values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
+// Values 2 i and 2 i + 1 of each word (int4_shift in csrc/formats.h).
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm256_and_si256(_mm256_srli_epi32(w.v, 4 * i), _mm256_set1_epi16(15))};
 }
@@ -174,13 +174,12 @@ struct Unit {
 };
 
 // The unit in which the largest of some numbers uses all bits of a 16-bit integer. `magnitude` is
-// the largest magnitude of the numbers, as the bits of a float. (The bits of NaN are above those of
-// infinity.)
+// the largest magnitude of the numbers, as the bits of a float. Its exponent alone gives the unit.
 //
-// A bf16 of at least 2^-7 times the largest number is exact in this unit. No number is off by more
-// than 2^-15 times the largest. The unit is computed from the exponent bits of the float. If the
-// magnitude is infinite or NaN, the unit is NaN, which makes all products NaN. If the unit would
-// not be a normal number, the smallest normal number is the unit, and the integers use fewer bits.
+// In this unit, a bf16 of at least 2^-7 times the largest number is exact. No number is off by more
+// than 2^-15 times the largest. If the magnitude is infinite or NaN, the unit is NaN, which makes
+// all products NaN. If the unit would be below the smallest normal number, it is that number, and
+// the integers use fewer bits.
 inline Unit unit_of(int32_t magnitude) {
   constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;
   const int32_t exponent = magnitude & kInfinite;
@@ -193,7 +192,8 @@ inline Unit unit_of(int32_t magnitude) {
   return unit;
 }
 
-// The largest magnitude of `count` numbers, as the bits of a float.
+// The largest magnitude of `count` numbers, as the bits of a float. NaN counts as larger than
+// infinity, as its bits do.
 template <class T>
 int32_t largest_magnitude(const T* x, int64_t count) {
   int32_t largest = 0;

@@ -53,7 +53,8 @@ MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v
 MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 MISTRAL_SIMD Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
 MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) {
-  // 2^n is split into two factors, so that subnormal results are right, too.
+  // 2^n is split into two factors, because it may itself be too small or too large for a normal
+  // float.
   const int32x4_t whole = vcvtq_s32_f32(n.v), half = vshrq_n_s32(whole, 1);
   const int32x4_t bias = vdupq_n_s32(127);
   const int32x4_t first = vshlq_n_s32(vaddq_s32(half, bias), 23);
@@ -91,7 +92,8 @@ MISTRAL_SIMD Vec look_up(Words w) {
   const int32x4_t high = vshlq_n_s32(vreinterpretq_s32_s8(found), 24);
   return {vcvtq_f32_s32(vshrq_n_s32(high, 24))};
 }
-// A vector of words has 32 values, which always belong to one group.
+// The bf16 scales of vectors of words. A vector has 32 values, which always belong to one group, so
+// all lanes have the same scale.
 struct GroupScales {
   int group_log2;
 

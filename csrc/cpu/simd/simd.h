@@ -1,7 +1,7 @@
 // A vector of floats. This file is compiled for every instruction set, and the vector is as wide as
 // the set allows: 16 lanes (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Most kernels are
-// written once, for all widths. With one lane a kernel is plain scalar code. tests/isas compares
-// most kernels of the other sets with it.
+// written once, for all widths. With one lane a kernel is plain scalar code, and tests/isas
+// compares most kernels of the other sets with this code.
 //
 // Loads widen 16-bit types to fp32. Stores round to nearest even.
 #pragma once
@@ -92,8 +92,9 @@ MISTRAL_SIMD void from_float(float x, f16* out) {
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // 65520 or more rounds to infinity
   } else if (magnitude < 0x38800000u) {
-    // A subnormal result is a whole number of units of 2^-24. After adding 0.5, this number is in
-    // the low bits of the sum, and the addition has rounded it to nearest even.
+    // A subnormal result is a whole number of units of 2^-24. The last bit of a float near 0.5
+    // stands for 2^-24, too. So adding 0.5 rounds to a whole number of units, to nearest even, and
+    // this number is in the low bits of the sum.
     float value;
     memcpy(&value, &magnitude, sizeof value);
     value += 0.5f;
@@ -106,7 +107,7 @@ MISTRAL_SIMD void from_float(float x, f16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// The elements of kTable4 as floats.
+// The elements of kTable4 (csrc/formats.h) as floats.
 struct FloatTable4 {
   alignas(64) float values[16];
 };
@@ -226,10 +227,11 @@ MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
 }
 #endif
 
-// Transposes a square of lanes, with a vector for each row. A round moves the highest bit of an
-// element's row number to the lowest bit of its column number, and the highest bit of the column
-// number to the lowest bit of the row number. After as many rounds as a number has bits, row and
-// column have changed places.
+// Transposes a square of lanes, with a vector for each row. A round interleaves each row of the
+// first half with the row half a square below it. Seen in binary, this moves the highest bit of an
+// element's row number to the end of its column number, and the highest bit of the column number to
+// the end of the row number. After as many rounds as a number has bits, row and column have changed
+// places.
 template <class Lanes>
 MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   for (int round = Vec::width; round > 1; round /= 2) {
@@ -256,8 +258,8 @@ MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   return left[0];
 }
 
-// Each lane gets the largest value of its quarter of the vector. With 4 lanes or 1, the vector
-// stays as it is.
+// Each lane gets the largest value of its quarter of the vector, which holds scores of one row
+// (attention/decode.h). With 4 lanes or 1, the vector stays as it is.
 #if defined(__AVX512F__)
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
   a = vmax(a, Vec{_mm512_permute_ps(a.v, 0b10110001)});
