@@ -1,7 +1,8 @@
-// The cross entropy of rows of logits. If a gradient is wanted, it overwrites the logits:
+// The cross entropy of rows of logits, and its gradient if that is wanted. The gradient overwrites
+// the logits, so it takes no memory of its own. For each row:
 //
-//   loss   = log(sum(exp(logits))) - logits[target]
-//   logits = factor * (exp(logits) / sum(exp(logits)) - (1 at the target))
+//   loss        = log(sum(exp(logits))) - logits[target]
+//   gradient[i] = factor * (exp(logits[i]) / sum(exp(logits)) - (i == target ? 1 : 0))
 #pragma once
 
 #ifdef MISTRAL_CUDA

@@ -17,8 +17,7 @@ struct Gradients {
 MISTRAL_SIMD Gradients gradients(Vec gate, Vec up, Vec d_out) {
   const Vec one = broadcast(1.0f), sigmoid = one / (one + exp(broadcast(0.0f) - gate));
   const Vec silu = gate * sigmoid;
-  // With g for gate and s for sigmoid, the derivative of silu is s (1 + g (1 - s)) = s + silu (1 -
-  // s).
+  // With s for sigmoid, the derivative of silu is s (1 + gate (1 - s)), which is s + silu (1 - s).
   return {d_out * up * fma(silu, one - sigmoid, sigmoid), d_out * silu};
 }
 

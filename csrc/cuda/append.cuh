@@ -1,5 +1,6 @@
-// The place in a ring where the keys and values of a new token are stored. rope stores the tokens
-// that may be stored before attention. attention stores the tokens that must wait (ring.h).
+// The place in a ring where the key and value of a new token are stored. rope stores tokens before
+// attention. If a token replaces one that attention still reads, attention itself stores it
+// afterwards (ring.h).
 #pragma once
 
 #include "../ring.h"

@@ -1,15 +1,16 @@
-// Finds the elements of kTable4 that are nearest to given numbers, 32 numbers at a time, and writes
-// the indices of the elements as words.
+// Rounds numbers to the nearest elements of kTable4, the table of the formats iq4_nl and iq4_xs
+// (csrc/formats.h). A call converts 32 numbers. It writes the elements themselves (nearest_values)
+// or their 4-bit indices, 8 in a word (nearest_words).
 #pragma once
 
 #include "bytes.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int kGroup4 = 32;  // the number of numbers that a call converts
+constexpr int kGroup4 = 32;  // how many numbers a call converts
 
-// The index of the element of kTable4 that is nearest to half / 2. Half-way between two elements it
-// takes the larger.
+// The index of the element of kTable4 that is nearest to the number half / 2. If two elements are
+// equally near, it is the index of the larger.
 constexpr int nearest_index(int half) {
   int index = 0;
   for (int i = 1; i < 16; ++i) index += half >= kTable4[i - 1] + kTable4[i];
@@ -18,9 +19,10 @@ constexpr int nearest_index(int half) {
 
 // The *place* of a number x is the integer part of 2 x - kLowest. Numbers with the same place have
 // the same nearest element, because the middle between two elements is a multiple of 1/2. 32
-// neighbouring places are a bucket. Numbers below all buckets have the nearest element of the first
-// place, numbers above all buckets that of the last place. The numbers of a bucket have at most two
-// different nearest elements. This is so only for few values of kLowest.
+// neighbouring places are a bucket. The numbers of a bucket have at most two different nearest
+// elements, so a look-up of the bucket and one comparison find the element. This is so only for few
+// values of kLowest. Numbers below all buckets count as the first place, numbers above all buckets
+// as the last.
 constexpr int kLowest = -242, kBucketBits = 5, kBucketPlaces = 1 << kBucketBits;
 constexpr int kPlaces = 16 * kBucketPlaces;
 
@@ -51,8 +53,9 @@ constexpr bool two_indices_at_most() {
 }
 static_assert(two_indices_at_most(), "each bucket needs its first index and one comparison");
 
-// The functions below find the elements that are nearest to the numbers x * factor. If a product is
-// NaN, or above 2^30, its index may be any. With the scale of its group, no weight is so large.
+// The functions below find the elements that are nearest to the numbers x * factor. For a product
+// that is NaN or above 2^30 they may find any element. No finite weight, divided by the scale of
+// its group, is so large.
 
 MISTRAL_SIMD int place_of(float x, float factor) {
   const float exact = x * (2 * factor) - kLowest;
@@ -101,8 +104,8 @@ MISTRAL_SIMD void nearest_values(const float* x, float factor, int8_t* out) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(out), values);
 }
 
-// Writes 32 indices as words in the layout of csrc/formats.h: value 2 j + k of a word is nibble j %
-// 2 of byte 2 k + j / 2.
+// Writes 32 indices as 4 words in the layout of csrc/formats.h. From its lowest bits up, a word
+// holds its values in the order 0, 2, 4, 6, 1, 3, 5, 7.
 MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
   const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
                                          0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -114,8 +117,8 @@ MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
 
 #else
 
-// This loop is on its own so that compilers vectorise it. They do not vectorise a loop that also
-// looks up indices.
+// This loop only computes places, so that compilers vectorise it. They do not vectorise a loop that
+// also looks up indices.
 MISTRAL_SIMD void places_of(const float* x, float factor, int* places) {
   for (int i = 0; i < kGroup4; ++i) places[i] = place_of(x[i], factor);
 }

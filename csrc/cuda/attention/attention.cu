@@ -68,7 +68,7 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
         attention_decode<T, D>, grid, dim3(kDecodeWarps * kWarp), kDecodeShared<T, D>, stream, p);
     if (status != cudaSuccess || !prefills(p)) return status;
   }
-  if constexpr (kHasHopper) {  // a build without it does not link attention_hopper
+  if constexpr (kHasHopper) {  // other builds do not have attention_hopper
     if (uses_hopper(p)) return attention_hopper(p, stream);
   }
   const auto tiles = static_cast<unsigned>(prefill_tiles(p));
@@ -95,8 +95,9 @@ Prefill active_prefill() { return active(); }
 void select_prefill(const std::string& name) { active() = find_prefill(name); }
 
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
-  // There should be two blocks for each multiprocessor. But there should not be so many that a warp
-  // has fewer than about 2 tiles of keys.
+  // Decode divides the keys of each head into splits, so that few sequences occupy all
+  // multiprocessors too, with two blocks each. But a warp should have about 2 tiles of keys or
+  // more, because a smaller split is not worth its merge.
   const int64_t blocks = p.num_sequences * p.kv_heads;
   const int64_t wanted = ceil_div(2 * multiprocessors(), max(blocks, 1));
   const int64_t sensible = ceil_div(longest, 2 * kDecodeWarps * kDecodeKeys);

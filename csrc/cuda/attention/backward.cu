@@ -1,6 +1,7 @@
-// Three launches compute, in this order, delta of every query row, the gradients of keys and
-// values, and the gradients of queries. The last two launches each compute the scores again. So
-// each sum belongs to one block, and no atomic additions are needed. Otherwise the kernels follow
+// Three launches compute, in this order, delta (attention_backward.h) of every query row, the
+// gradients of keys and values, and the gradients of queries. In the second launch a block owns
+// keys, in the third it owns query rows. So one block alone adds up each gradient, without atomic
+// additions. The price is that both launches compute all scores. Otherwise the kernels follow
 // FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 #include "../../attention_backward.h"
 
@@ -15,8 +16,8 @@ namespace {
 
 constexpr int kDeltaThreads = 256;
 
-// Computes delta (attention_backward.h). Grid: one thread for each 16 bytes of d_out. The threads
-// that share a row are neighbours.
+// Computes delta. Grid: one thread for each 16 bytes of d_out. The threads that share a row are
+// neighbours.
 template <class T, int D>
 __global__ void __launch_bounds__(kDeltaThreads)
     attention_delta(const __grid_constant__ AttentionBackwardParams p) {

@@ -2,8 +2,8 @@
 //
 // Grid: (tiles of keys, Hkv). A block owns 64 keys of one sequence and key/value head. It goes
 // through the query rows (rows.cuh) that see any of these keys, in all heads that share the
-// key/value head. So no two blocks add to the same sum. Scores are computed transposed: a row is a
-// key, a column is a query row.
+// key/value head. So no two blocks add to the same sum. Scores are computed transposed (a row is a
+// key, a column is a query row), because the products that give the gradients need them so.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -18,7 +18,8 @@ struct KeyGradients {
   const BackwardShared<T, D>& shared;
   int first_key;
 
-  // Goes through the query rows and adds up d_v += p^T d_out and d_k += d_s^T q.
+  // Goes through the query rows. Adds probabilities^T d_out to d_v, and d_scores^T q to d_k. The
+  // factor p.scale of d_k comes in `store`.
   __device__ __forceinline__ void walk(float (&d_k)[1][D / 8][4], float (&d_v)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp), group = head.rows.group;
     const int window = short_window(head.p.window);
@@ -46,8 +47,8 @@ struct KeyGradients {
     }
   }
 
-  // Stores the results. They go through the block's own tiles in shared memory (store_rows), of
-  // which each warp uses only its own rows.
+  // Stores the results by way of the block's own tiles in shared memory (store_rows). A warp
+  // overwrites only rows that no other warp reads, so no barrier is needed.
   __device__ __forceinline__ void store(const float (&d_k)[1][D / 8][4],
                                         const float (&d_v)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp);

@@ -16,7 +16,7 @@ struct QueryGradients {
   const BackwardShared<T, D>& shared;
   int first_row;
 
-  // Goes through the keys and adds up d_q += d_s k.
+  // Goes through the keys and adds d_scores k to d_q. The factor p.scale comes in `store`.
   __device__ __forceinline__ void walk(float (&d_q)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp), window = short_window(head.p.window);
     const int last_row = static_cast<int>(min(first_row + kOwnRows, head.rows.count)) - 1;
@@ -25,7 +25,8 @@ struct QueryGradients {
     head.template copy_queries<kOwnRows>(shared.own(0), shared.own(1), first_row);
     copy_step(key, 0);
 
-    // A lane has two rows. A row past the last one stands for the last row, and is not stored.
+    // A lane has two rows. A row past the last one is treated as the last row, so that nothing is
+    // read out of bounds. It is not stored.
     int own[2];
     float lse[2], delta[2];
 #pragma unroll
@@ -64,8 +65,8 @@ struct QueryGradients {
     }
   }
 
-  // Stores the results. They go through the block's tile of queries in shared memory (store_rows),
-  // of which each warp uses only its own rows.
+  // Stores the results by way of the block's tile of queries in shared memory (store_rows). A warp
+  // overwrites only rows that no other warp reads, so no barrier is needed.
   __device__ __forceinline__ void store(const float (&d_q)[1][D / 8][4]) const {
     store_rows(
         shared.own(0), 16 * (threadIdx.x / kWarp), d_q, [&](int) { return head.p.scale; },

@@ -1,7 +1,7 @@
 // Code that the two kernels for attention's gradients share. A block of 4 warps owns 64 rows of two
 // tensors. These are keys and values in one kernel, queries and d_out in the other. Each warp owns
-// 16 of these rows. The block goes through the rows of the other two tensors in tiles of 32 rows. A
-// tile is copied while the previous tile is multiplied.
+// 16 of these rows. The block goes through the rows of the other two tensors in tiles of 32 rows.
+// It has two stages for them in shared memory: one is filled while the other is multiplied.
 #pragma once
 
 #include "../../attention_backward.h"
@@ -14,7 +14,7 @@ constexpr int kBackwardThreads = kBackwardWarps * kWarp;
 constexpr int kOwnRows = 16 * kBackwardWarps;
 constexpr int kWalkedRows = 32;
 
-// The shared memory of a block: its own two tiles, then two stages. Each stage has a tile of each
+// The shared memory of a block: its own two tiles, then the two stages. A stage has a tile of each
 // of the two tensors that the block goes through. If these are queries and d_out, the log-sum-exp
 // and delta of the rows of both stages come last.
 template <class T, int D>
@@ -95,8 +95,9 @@ template <class T>
 struct Differentiated {
   uint32_t probabilities, d_scores;
 
-  // `scale` is p.scale * log2(e), and `lse` is a logarithm to base 2. The gradients of queries and
-  // keys are summed without the factor p.scale, and are multiplied by it when they are stored.
+  // `scale` is p.scale * log2(e), and `lse` is a logarithm to base 2, because the exponentials are
+  // computed as powers of two. d_scores lacks the factor p.scale. The sums of its products, d_q and
+  // d_k, are multiplied by it when they are stored.
   __device__ __forceinline__ Differentiated(float2 scores, float2 d_probabilities, float scale,
                                             float2 lse, float2 delta) {
     const float low = exp2_approx(scores.x * scale - lse.x);

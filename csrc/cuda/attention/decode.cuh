@@ -1,12 +1,15 @@
-// Decode has few queries and many keys. Its speed is limited by reading each key and value once.
+// Decode has few queries and many keys. The time to load keys and values limits its speed, so each
+// is loaded once.
 //
-// Grid: (splits, Hkv, S). A block owns one split of the keys of one sequence and key/value head.
-// There are at most 16 query rows: all heads of the group, for one token or a few. All these rows
-// are one operand of the products, so each key and value is loaded once. The 4 warps of a block
-// take tiles of 16 keys in turn. Each warp has its own two stages in shared memory. It fills both
-// before it begins, and then works on one stage while the other is filled. So the warps need no
-// barrier of the block while they go through the keys. If there are several splits, each block
-// writes its result to `partials`, and the last block to arrive merges the results.
+// The keys of one sequence and key/value head are divided into splits. Grid: (splits, Hkv, S). A
+// block owns one split. It has at most 16 query rows: all heads of the group, for one token or a
+// few. These rows together are one operand of the products, so that one load of a key serves all of
+// them.
+//
+// The 4 warps of a block take tiles of 16 keys in turn. Each warp has two stages of its own in
+// shared memory. One is filled while the warp works on the other. Because no stage is shared, the
+// warps need no barrier of the block while they go through the keys. If there are several splits,
+// each block writes its result to `partials`, and the last block to finish merges the results.
 #pragma once
 
 #include "finish.cuh"
@@ -77,8 +80,8 @@ struct DecodeBlock {
     cp_async_wait<1>();
     __syncthreads();  // the queries have arrived
 
-    // The offsets of this lane's two query rows among the keys. A row past the last one stands for
-    // the last row, and is not stored.
+    // For each of this lane's two query rows, the offset of the row's own token among the keys. A
+    // row past the last one is treated as the last row, and is not stored.
     int own[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -134,7 +137,7 @@ struct DecodeBlock {
     });
   }
 
-  // Merges the partial results of all splits into the output. The last block to arrive calls this.
+  // Merges the partial results of all splits into the output. The last block to finish calls this.
   __device__ __forceinline__ void merge_splits() const {
     for_each_item([&](int row, int d) {
       const Merged merged = merge<D>(

@@ -13,8 +13,8 @@
 
 namespace mistral::cuda {
 
-// Whether the sequence has a late token. If any new token is late, so is the last one, because it
-// replaces the newest of the older tokens.
+// Whether the sequence has a late token. It is enough to look at the last new token, because it
+// replaces the newest of all replaced tokens, the one that attention stops reading last.
 __device__ __forceinline__ bool has_late_tokens(const AttentionParams& p, const Sequence& s) {
   return stored_after_attention(s, s.position + s.count - 1, p.window);
 }

@@ -6,8 +6,8 @@
 
 namespace mistral::cuda {
 
-// The number of floats in a partial result of one query row: D unnormalised sums, the maximum, the
-// total, and two floats that only align the next row.
+// The number of floats in a partial result of one query row: D unnormalised sums, the largest score
+// (unscaled), the sum of the exponentials, and two floats that only align the next row.
 template <int D>
 constexpr int kPartialRow = D + 4;
 
@@ -19,9 +19,11 @@ struct Merged {
 };
 
 // Merges elements d to d + 7 of a row from `parts` partial results. `scale` is p.scale * log2(e).
-// row_of(i) is the address of the row in result i, and read(address) loads 4 floats. Neighbouring
-// lanes have neighbouring d. Of 8 such lanes, 4 read the upper half of their 8 elements first. So
-// the 8 lanes together read 128 bytes that lie in different banks of shared memory.
+// row_of(i) is the address of the row in result i, and read(address) loads 4 floats.
+//
+// Each lane reads 32 bytes, in two halves, and neighbouring lanes read neighbouring bytes. If all
+// lanes read the lower half first, lanes that are 4 apart would access the same banks of shared
+// memory. So every second group of 4 lanes reads the upper half first.
 template <int D, class RowOf, class Read>
 __device__ __forceinline__ Merged merge(int parts, int d, float scale, const RowOf& row_of,
                                         const Read& read) {

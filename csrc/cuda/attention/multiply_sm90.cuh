@@ -2,9 +2,10 @@
 // these rows by the keys, computes the softmax in registers, and multiplies the probabilities by
 // the values.
 //
-// A consumer issues the product with the keys of a tile together with the product with the values
-// of the previous tile. It computes the softmax of the scores while the product with the values is
-// under way. Meanwhile the other consumer has its turn to multiply.
+// The two consumers take turns to issue products. In its turn a consumer issues two: the queries by
+// the keys of a tile, and the probabilities of the previous tile by that tile's values. As soon as
+// the first is done, the consumer computes the softmax of its scores, while the second product and
+// the other consumer's turn are under way.
 #pragma once
 
 #include "finish.cuh"
@@ -60,7 +61,7 @@ __device__ __forceinline__ void issue_out(float (&out)[D / 2],
 }
 
 // Turns scores into probabilities relative to the new maximum of the row. The caller must then
-// multiply the results so far of the lane's row r by factors[r].
+// multiply what it has summed so far for row r of the lane by factors[r].
 template <int kCount>
 __device__ __forceinline__ void exponentiate(Softmax<1>& softmax, float (&scores)[kCount],
                                              float (&factors)[2]) {
@@ -100,7 +101,7 @@ __device__ __forceinline__ void pack_rows(const float (&scores)[kCount],
   }
 }
 
-// A consumer. `number` is 0 or 1.
+// `number`, 0 or 1, says which of the block's two consumers this is.
 template <class T, int D>
 class Consumer {
  public:
@@ -121,8 +122,8 @@ class Consumer {
       multiply(item, before, i);
       before += item.key_tiles;
     }
-    // Before its loop, consumer 1 passed a turn, so consumer 0 has one more to await. It awaits it
-    // here, so that no arrival is left pending at the barrier.
+    // Consumer 1 also gave consumer 0 a turn before its loop, so consumer 0 has been given one turn
+    // that it has not taken. It takes that turn here, so that no arrival is left at the barrier.
     if (number_ == 0) await_turn();
   }
 
@@ -169,8 +170,8 @@ class Consumer {
   __device__ __forceinline__ void multiply(const WorkItem& item, int before, int i) {
     const QueryRows rows(p_, item.sequence, item.kv_head);
     const int first_row = item.row + number_ * kConsumerRows;
-    // The offsets of the rows among the keys. A row past the last one stands for the last row, and
-    // is not stored.
+    // offset_of(row) is the offset of the row's own token among the keys. A row past the last one
+    // is treated as the last row, and is not stored.
     const int own_first = static_cast<int>(item.keys.count) - 1 - rows.token(item.end_row - 1);
     const auto offset_of = [&](int row) {
       return own_first + rows.token(static_cast<int>(min(first_row + row, item.end_row - 1)));

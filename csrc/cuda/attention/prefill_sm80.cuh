@@ -98,8 +98,8 @@ struct PrefillBlock {
   // The index within the tile of row r, 0 to 3, of this lane.
   __device__ __forceinline__ int lane_row(int r) const { return warp_row + 8 * r + lane / 4; }
 
-  // Returns the offset of a query row among the keys. `row` counts within the tile. A row past the
-  // last one stands for the last row, and is not stored.
+  // The offset of a query row's own token among the keys. `row` counts within the tile. A row past
+  // the last one is treated as the last row, and is not stored.
   __device__ __forceinline__ int offset_of(int row) const {
     return static_cast<int>(s.position + rows.token(min(tile_row + row, last_row)) - begin);
   }

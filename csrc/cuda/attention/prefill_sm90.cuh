@@ -24,11 +24,13 @@ constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
 
 // If a call has at most this many tokens, the keys and values of all its heads are assumed to fit
-// in the L2 cache. In Mistral 7B those of 4096 tokens take 16 MB.
+// in the L2 cache. The order of the work items depends on this (WorkQueue::next). In Mistral 7B
+// the keys and values of 4096 tokens take 16 MB.
 constexpr int kTokensInL2 = 4096;
 
-// The number of registers of a thread after their redistribution. Every thread starts with 168, the
-// most that three equal warpgroups can have. The redistribution must not change the total.
+// The number of registers of a thread after their redistribution. The consumers need more, because
+// their scores and results are in registers. Every thread starts with 168, the most that three
+// equal warpgroups can have. The redistribution must not change the total.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
@@ -88,9 +90,10 @@ struct alignas(1024) HopperShared {
   int last[kConsumers];  // a word for each consumer, which arrives_last (arrival.cuh) needs
 };
 
-// The tiles of keys that a block multiplies are numbered from 0. Number n uses stage stage_of(n) of
-// keys and of values. parity_of(n) is the parity of the phase of that stage's `full` barrier. The
-// work items of a block are numbered in the same way.
+// The tiles of keys that a block multiplies are numbered from 0. Tile n uses stage stage_of(n) of
+// keys and of values. A consumer waits for the tile at the `full` barrier of this stage, with
+// parity parity_of(n) (mbarrier_wait). The same functions serve the work items of a block, which
+// are also numbered from 0.
 __device__ __forceinline__ int stage_of(int n) { return n % 2; }
 __device__ __forceinline__ uint32_t parity_of(int n) { return n / 2 % 2; }
 static_assert(kHopperStages == 2);
@@ -182,8 +185,8 @@ class WorkQueue {
   bool begun_ = false;
 };
 
-// Where the rows of a tile of keys (or values) lie: contiguous in the pool, contiguous in the
-// chunk, or not contiguous (apart).
+// Where the rows of a tile of keys (or values) lie: contiguous in the pool, contiguous in p.k (or
+// p.v) among the sequence's new tokens (its chunk), or not contiguous (apart).
 struct TilePlace {
   enum { apart, pool, chunk } kind;
   int row;  // the first row of the pool, or the first packed token; not used if apart
@@ -196,9 +199,10 @@ __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, con
   if (first + kHopperKeys <= keys.history && slot + kHopperKeys <= keys.capacity) {
     return {TilePlace::pool, static_cast<int>(keys.ring) + slot};
   }
-  // The tile may include later tokens of this sequence, because they are masked. It must not
-  // include tokens of another sequence: these could hold infinities, and an infinity times a
-  // probability of 0 is not 0. Past the last token of the batch the copy engine gives zeros.
+  // The tile must not include tokens of another sequence, although they would be masked: infinite
+  // values times a probability of 0 would be NaN, so one sequence would spoil another. Later tokens
+  // of the same sequence are masked and may be included. Past the last token of the batch the copy
+  // engine gives zeros.
   const int64_t token = keys.token + first, end = s.first_token + s.count;
   if (first >= keys.history && (token + kHopperKeys <= end || end == p.tokens)) {
     return {TilePlace::chunk, static_cast<int>(token)};

@@ -18,9 +18,9 @@ constexpr int kPartTiles = 4;  // if keys are divided into parts, a part has at 
 cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 
 // Adds the scratch that attention_hopper needs if no sequence sees more than `longest` keys. Its
-// counters lie behind the S * Hkv counters of AttentionParams::counters. The first is for the work
-// queue. If keys are divided into parts, there is also one for each tile of query rows and
-// consumer.
+// counters lie behind the S * Hkv counters of AttentionParams::counters. The first belongs to the
+// queue of work (WorkQueue). If keys are divided into parts, there is also a counter for each tile
+// of query rows, key/value head and consumer. It counts the parts that are done.
 inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams& p,
                                int64_t longest) {
   // There should be about as many parts as multiprocessors. But each part has at least

@@ -42,11 +42,9 @@ MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
 constexpr int kPrefillRows = 128;  // query rows of a tile
 
 // The index of the first tile of a sequence, among the tiles of all sequences for one key/value
-// head. The host must size the grid without knowing the lengths of the sequences. So sequence i,
-// whose first packed row is f = first_token * group, gets the indices from floor(f / kRows) + i on.
-// If the sequence has c rows, these are floor((f + c) / kRows) - floor(f / kRows) + 1 indices. It
-// needs ceil(c / kRows) of them, and gets as many or one more. A block whose tile has no row does
-// nothing.
+// head. The host sizes the grid, but the table with the sequences' lengths is on the device. So
+// tiles are numbered by a formula whose largest value the host knows. It gives every sequence as
+// many indices as it has tiles, or one more. A block whose tile has no row does nothing.
 template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
   return first_token * group / kRows + sequence;

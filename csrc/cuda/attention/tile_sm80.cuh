@@ -37,12 +37,12 @@ struct SharedTile {
 
 // The keys and values of one sequence and key/value head that a tile of queries sees. Their offsets
 // count from the first key that the tile sees: offset o is position `begin` + o. The first
-// `history` keys are in the ring, the others in the chunk. In prefill the struct is in shared
-// memory, because registers are scarce and all threads of a block use the same keys. The struct
-// holds no pointers to tensors, because the params have them.
+// `history` keys are in the ring. The others are new tokens, in p.k and p.v. In prefill the struct
+// is in shared memory, because registers are scarce and all threads of a block use the same keys.
+// The struct holds no pointers to tensors, because the params have them.
 struct VisibleKeys {
   int64_t ring;   // pool row of slot 0 of the head
-  int64_t token;  // offset o is packed token `token` + o, for keys in the chunk
+  int64_t token;  // the new token at offset o has index `token` + o in p.k and p.v
   int kv_head;
   int history;
   int count;       // the number of keys
@@ -237,8 +237,8 @@ struct Softmax {
   }
 };
 
-// If a row does not see a key, sets their score to -inf. `own` has the offsets of the lane's rows
-// among the keys. `first` is the offset of the first key of the tile.
+// If a row does not see a key, sets their score to -inf. `own` has, for each of the lane's rows,
+// the offset of the row's own token among the keys. `first` is the offset of the tile's first key.
 template <int kM, int kN>
 __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],
                                      int first, int window) {

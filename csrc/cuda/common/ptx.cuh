@@ -76,8 +76,8 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
-// Starts a copy of 4 bytes through the L1 cache, because neighbouring words are copied soon. It
-// reads only the first `bytes` of them, and writes zeros for the others.
+// Starts a copy of 4 bytes. It goes through the L1 cache, because only copies of 16 bytes can
+// bypass it. It reads only the first `bytes` bytes, and writes zeros for the others.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
                                            Site = Site::here()) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),

@@ -46,7 +46,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 }
 
 // Waits until the phase of this parity is complete. The first phase has parity 0, the second 1, the
-// third 0, and so on. During the first phase, a wait for parity 1 returns at once.
+// third 0, and so on. During the first phase, a wait for parity 1 returns at once. So a producer
+// that first waits for parity 1 of a stage's `empty` barrier finds a new stage empty.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity,
                                               Site = Site::here()) {
   uint32_t complete;
@@ -73,11 +74,12 @@ __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::
 // ---- Proxies. wgmma and TMA access shared memory through the async proxy. Loads, stores and
 // cp.async use the generic proxy.
 
-// Orders the generic accesses that this thread has made, or has seen complete, before later
-// accesses of wgmma and TMA. It is needed before wgmma or TMA reads what stores or cp.async have
-// written. Either the writing thread calls it, after its stores or completed copies and before the
-// barrier. Or the thread that starts wgmma or TMA calls it, after the barrier. With
-// cp_async_arrive only the second way works, because no thread then waits for its own copies.
+// Needed before wgmma or TMA reads what stores or cp.async have written. Orders the generic
+// accesses that this thread has made, or has seen complete, before later accesses of wgmma and TMA.
+// One of two threads calls it:
+//   - the thread that writes, after its stores or its finished copies, before the barrier;
+//   - the thread that starts wgmma or TMA, after the barrier. Copies that end in cp_async_arrive
+//     need this, because the writing thread does not wait for them.
 __device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -154,7 +156,8 @@ __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 // Returns the descriptor with which wgmma finds a matrix of 16-bit elements in shared memory. The
 // matrix has the 128-byte swizzle: its rows have 128 bytes, and 16-byte piece i of row r lies at
 // place (i ^ r) % 8. An atom is 8 rows, or 1024 bytes, and begins at a multiple of 1024. `shared`
-// must lie in row 0 of an atom. There are two layouts:
+// must lie in row 0 of an atom. M and N are the axes of the product, K is the axis that it sums
+// over. There are two layouts:
 //   K-major: a row has 64 elements along K. `stride_bytes` is the distance from 8 rows to the next
 //   8 rows. `leading_bytes` has no meaning. A product takes 16 elements along K, and those of the
 //   next product begin 32 bytes further.
