@@ -1,6 +1,6 @@
 // Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
-// element if rows are not aligned. The row is read once for the largest logit and the sum. If a
-// gradient is wanted, the row is read again, and then usually comes from the L2 cache.
+// element if rows are not aligned. The row is read once, for its largest logit and the sum of exp.
+// If a gradient is wanted, the row is read again, and then usually comes from the L2 cache.
 #include "../cross_entropy.h"
 
 #include <launch.cuh>
@@ -19,8 +19,8 @@ struct LogSum {
   float maximum = -INFINITY;
   float total = 0.0f;
 
-  // The number that is subtracted from logits before exp: the maximum, or 0 if all logits are -inf.
-  // Then -inf - base() is -inf, not NaN.
+  // The number that is subtracted from logits, so that exp does not overflow. It is the maximum, or
+  // 0 if all logits are -inf, because -inf - -inf would be NaN.
   __device__ __forceinline__ float base() const { return maximum == -INFINITY ? 0.0f : maximum; }
 
   template <class T, int N>
@@ -40,9 +40,10 @@ struct LogSum {
   }
 
  private:
+  // Raises the maximum to `highest`, and adapts the total to the new base().
   __device__ __forceinline__ void rise(float highest) {
-    // If the maximum was -inf, the factor must be 0. exp(old base() - base()) could be inf instead,
-    // and inf * 0 is NaN.
+    // `before` is the old maximum, not the old base(). If it is -inf, the total and its factor are
+    // 0. With the old base(), which is 0 then, the factor could be inf, and inf * 0 is NaN.
     const float before = maximum;
     maximum = highest;
     total *= expf(before - base());

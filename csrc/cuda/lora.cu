@@ -1,8 +1,9 @@
-// There are two launches. The first computes `hidden` (shrink), the second adds to `out` (expand).
+// There are two launches. The first computes hidden = scale * (x A^T) (shrink), the second adds
+// hidden B to `out` (expand).
 //
 // shrink: a block computes a tile of `hidden`, kTile tokens by kTile rows of one part of A. Its
-// threads share each sum over k: a thread owns every blockDim-th vector of a row, which is 16 bytes
-// or, if rows are not aligned, one element. So many loads of a row are under way at once.
+// threads divide each row of x and A among them, so that many loads of a row are under way at once.
+// A thread owns every blockDim-th vector: 16 bytes, or one element if rows are not aligned.
 //
 // expand: a thread owns one vector of outputs for kTile tokens, and goes through the rows of B.
 //
@@ -91,7 +92,7 @@ __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64
   store_global(hidden + i / kTokens, load_global(p.scales + of_part) * sum);
 }
 
-// Grid: (tiles of tokens, blocks of rows of all parts).
+// Grid: (tiles of tokens, blocks of kTile rows of A in all parts).
 template <class T, int N, int kTile>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const LoraParams p) {
   let_later_kernels_begin();
@@ -150,7 +151,7 @@ __device__ __forceinline__ void expand(const LoraParams& p, int64_t token, int64
   }
 }
 
-// Grid: (tiles of tokens, blocks of outputs).
+// Grid: (tiles of tokens, blocks of outputs of all parts).
 template <class T, class Out, int N, int kTile>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams p) {
   let_later_kernels_begin();
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams
 
 template <class T, class Out, int N, int kTile>
 cudaError_t launch_tiles(const LoraParams& p, cudaStream_t stream) {
-  const auto grid = [&](int64_t blocks) {  // tokens are in x, because y allows only 65,535 blocks
+  const auto grid = [&](int64_t blocks) {  // tokens are in grid.x, as grid.y is at most 65,535
     return dim3(static_cast<unsigned>(ceil_div(p.tokens, kTile)), static_cast<unsigned>(blocks));
   };
   const size_t shared = kTile * kTile * kShrinkWarps * sizeof(float);

@@ -31,8 +31,8 @@ __device__ __forceinline__ float reduce_warp(float value) {
 }
 
 // Reduces the values of all threads of a block, and returns the result to every thread. The block
-// must consist of whole warps. `shared` has one float per warp. A caller that uses `shared` again
-// must put a barrier in between.
+// must consist of whole warps. `shared` has one float per warp. All threads read it at the end, so
+// the caller must put a barrier before the next write to it.
 template <class Operation>
 __device__ __forceinline__ float reduce_block(float value, float* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

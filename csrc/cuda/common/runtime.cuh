@@ -1,4 +1,4 @@
-// Launches kernels and gives them shared memory. This needs a CUDA compiler and a device.
+// Launches kernels and gives them shared memory, with a CUDA compiler and a device.
 //
 // Kernels include this file, ptx.cuh and ptx_sm90.cuh in angle brackets, so that the emulator
 // (tests/emulator) can replace these three. The emulator compiles kernels with the host compiler.

@@ -1,6 +1,6 @@
 // Loads and stores neighbouring elements. Kernels access tensors through this file, ptx.cuh or
-// ptx_sm90.cuh, because the emulator checks and counts accesses there. Exceptions are counters and
-// the table of sequences.
+// ptx_sm90.cuh, because the emulator checks and counts accesses there. Two things are accessed
+// directly: variables of atomic operations, and the array `sequences` of the params (ring.h).
 #pragma once
 
 #include <initializer_list>

@@ -28,7 +28,8 @@ __device__ __forceinline__ void read_pairs(const void* row, int64_t k, uint32_t 
   }
 }
 
-// Reads the Scaling of the 8 values from k on. `row` is the address of the scales of their row.
+// Reads the Scaling (scales.cuh) of the 8 values from k on. `row` is the address of the scales of
+// their row.
 template <class W>
 __device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int64_t group) {
   using Scales = typename W::Scales;
@@ -37,8 +38,9 @@ __device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int6
   const int i = static_cast<int>(k % kSuperBlock) / (W::kHalfSteps ? 16 : 32);
   Unit units[Scales::kUnits];
   if constexpr (W::kHalfSteps) {
-    // Only one of the four words of scales is needed. It is put first, where a constant index finds
-    // it: an array with a variable index would not stay in registers.
+    // A record is four words of scales and a word with d. Only the word of scale i and d are read.
+    // The scale's word is put first, so that the index in `units` is a constant: an array with a
+    // variable index would not stay in registers.
     units[0] = load_global(from + i / 4);
     units[4] = load_global(from + 4);
     return Scales(units).next(i & 3);

@@ -1,12 +1,12 @@
-// Loads weights of each format from shared memory, widens them, and arranges them as operands of
-// m16n8k16.
+// Loads weights of each format from shared memory, widens them (widen.cuh), and arranges them as
+// operands of m16n8k16, the instruction of the tensor cores (ptx.cuh).
 //
 // A chunk is 128 bytes of a row, the size of a cache line. It holds 64, 128 or 256 values. A step
 // is the product over 32 values of a row. In a step a lane has two rows of the weight, and 8
-// neighbouring values of each row, from index k_at on (in q6_k, two times 4 values). For each
-// token, it has the activations with the same 8 indices, in the same order. This order differs from
-// that of m16n8k16. But a dot product may be summed in any order, so a lane can use 4, 8 or 16
-// neighbouring bytes of values as they are stored.
+// neighbouring values of each row, from index k_at on (in q6_k, two times 4 values). In the order
+// of m16n8k16 itself, the pairs of a lane lie apart. But a dot product may be summed in any order,
+// if weights and activations have the same order. So a lane uses 4, 8 or 16 bytes of values as they
+// are stored, and takes the activations with the same indices.
 #pragma once
 
 #include <ptx.cuh>
@@ -23,10 +23,10 @@ constexpr int kChunkBytes = 128;
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = kTileRows * kChunkBytes;
 
-// A tile in shared memory: a chunk of each of 16 rows. The place of 16-byte piece i of a row
-// depends on the row, by the swizzle of the format (`turned`). So pieces that are read together lie
-// in different banks. Behind the chunks are the further bits of the 16 rows (q5_k, q6_k). They have
-// a swizzle of their own, for reads of the same word of 8 rows together.
+// A tile in shared memory: a chunk of each of 16 rows, and behind the chunks the further bits of
+// these rows (the bits above the lowest four, in q5_k and q6_k). A row consists of pieces of 16
+// bytes. Their order changes from row to row (a swizzle), so that pieces that are read together lie
+// in different banks. The order of further bits is for reads of the same word of 8 rows together.
 template <class W>
 struct WeightTile {
   static constexpr int kBytes = kTileBytes + kTileRows * W::kFurtherBytes;
@@ -53,8 +53,8 @@ struct Common {
   static constexpr bool kHalfSteps = false;  // whether a Scaling serves only 16 values, half a step
   static constexpr int kLeastGroup = 32;     // the size of the smallest group, with kGrouped
   static constexpr int kFurtherBytes = 0;    // bytes of further bits in a chunk of one row
-  // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of each of 2
-  // neighbouring rows.
+  // The index of a piece is XORed with this number. The number here is for formats that read the
+  // same piece of 8 rows together, or 4 pieces of each of 2 neighbouring rows.
   static __device__ __forceinline__ int turned(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 };
 
@@ -77,14 +77,15 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
 // The traits of a format:
 //   bytes(n)     the bytes of n values in global memory
 //   kValues      the number of values in a chunk
-//   take         loads a unit from shared memory. A chunk has kUnits units of kUnitSteps steps.
+//   take         loads the operands of one or two steps (a unit) from shared memory. A chunk has
+//                kUnits units of kUnitSteps steps.
 //   k_at         the index in the chunk of a lane's first value in a step. `column` is lane % 4.
 //   kRowPadding  see PlainWeights
 //
-// A scale belongs to a whole row (kRowScaled), or to a group or a part of a group (both kGrouped).
-// In memory, a group of 2^group_log2 values has one record of kGroupBytes<Scales> bytes, which may
-// hold several scales. An object of type Scales reads records, and turns each scale into a Scaling.
-// A Scaling serves 2^scaled_log2 values: a whole number of steps, or half a step.
+// With kRowScaled, a row has one scale. With kGrouped, each group of 2^group_log2 values of a row
+// has a record of scales in memory, of kGroupBytes<Scales> bytes. Scales (scales.cuh) turns records
+// into Scalings. A Scaling serves 2^scaled_log2 values, a group or a part of one. These are a whole
+// number of steps, or half a step.
 
 template <class T>
 struct PlainWeights : Common {
@@ -93,9 +94,9 @@ struct PlainWeights : Common {
   static constexpr int kValues = 64;
   static constexpr int kUnits = 2;
   static constexpr int kUnitSteps = 1;
-  // In shared memory, rows of x are a multiple of 128 bytes and this many bytes apart. In a step, 4
-  // lanes read 16 bytes each of one token, and the next 4 lanes of the next token. With this
-  // padding, these reads are in different banks.
+  // In shared memory, a row of x takes a multiple of 128 bytes, and this many bytes of padding
+  // follow. In a step, 4 lanes read 16 bytes each of one token's row, and the next 4 lanes 16 bytes
+  // each of the next token's row. The padding puts these reads into different banks.
   static constexpr int kRowPadding = 64;
 
   static __device__ __forceinline__ int k_at(int step, int column) {
@@ -161,7 +162,7 @@ struct Q8Weights : Common {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // The swizzle for reads of 2 pieces of each of 4 neighbouring rows together.
+  // For reads of 2 pieces of each of 4 neighbouring rows together.
   static __device__ __forceinline__ int turned(int row) { return 2 * (row & 3); }
   // A step has the 32 values of a group. A lane takes half of a 16-byte piece.
   static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q8Weights> tile,
@@ -206,8 +207,9 @@ struct WordWeights : Common {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // In a step, a lane needs one word of each of its two rows. ldmatrix gives it one word of each of
-  // four matrices, which are the upper and the lower 8 rows of two steps.
+  // In a step, a lane needs one word of each of its two rows. One ldmatrix gives it the words of
+  // two steps. Its four matrices are the upper and the lower 8 rows of the first step, then those
+  // of the second step.
   template <class Tile>
   static __device__ __forceinline__ void take_words(uint32_t (&words)[4], Tile tile, int unit) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
@@ -287,7 +289,7 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 32 * 24; }
   static constexpr int kUnits = 8;
   static constexpr int kUnitSteps = 1;
-  // Less than in PlainWeights, because 4 lanes read 8 bytes each of one token.
+  // Half of that in PlainWeights, because 4 lanes read only 8 bytes each of one token's row.
   static constexpr int kRowPadding = 32;
 
   static __device__ __forceinline__ int scaled_log2(const LinearParams&) { return 4; }

@@ -5,31 +5,32 @@
 // tokens each).
 //
 // Grid: as many thread blocks as run at the same time, or fewer. A thread block computes one block
-// of 16 kM outputs (8 kM with SwiGLU) after another, gridDim.x apart. Its 8 warps share the chunks
-// of each row. Each warp streams its chunks through its own stages (weight_stream.cuh), multiplies
-// 16 rows by 8 tokens at a time on the tensor cores, and keeps the sums in registers. At the end of
-// a block of outputs, the sums of the warps are added through shared memory, in the order of the
-// warps. Meanwhile the first chunks of the next block of outputs are copied, so the stream has no
-// gap.
+// of 16 kM outputs (8 kM with SwiGLU) after another, gridDim.x apart. Its 8 warps divide each row
+// of the weight among them, in chunks of 128 bytes. Each warp copies its chunks to buffers of its
+// own in shared memory (stages, weight_stream.cuh), multiplies 16 rows by 8 tokens at a time on the
+// tensor cores, and keeps the sums in registers. At the end of a block of outputs, the sums of the
+// warps are added through shared memory, in the order of the warps. Meanwhile the first chunks of
+// the next block of outputs are copied, so the stream has no gap.
 //
 // Bytes under way: to read 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB
 // under way. That is 40 KB for each of its 132 multiprocessors. In each warp one stage is in use,
-// and the others are under way. So a thread block has 8 warps * 3 stages * 2 KB = 48 KB under way
-// (with kM = 2, 8 * 1 * 4 KB = 32 KB). With kM = 1 and kN <= 2, two thread blocks fit on a
-// multiprocessor, unless normalised rows of x take the room: 16 rows of K = 4096 are 129 KB.
+// and the others are under way. So with most formats, a thread block has 8 warps * 3 stages * 2 KB
+// = 48 KB under way if kM = 1, and 8 * 1 * 4 KB = 32 KB if kM = 2. With kM = 1 and kN <= 2, two
+// thread blocks fit on a multiprocessor, unless normalised rows of x take the room: 16 rows of 4096
+// elements are 129 KB.
 //
-// Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
-// need all of x. With 16 tokens, x has as many bytes as 16 rows of weights of 16 bits, and four
-// times as many as 16 rows of weights of 4 bits. Shared memory delivers 128 bytes a clock. If x
-// were not there, it would come from L2 and compete with the weights, because L1 is too small.
+// Why normalised rows of x are in shared memory (by reasoning, not by measurement): every 16
+// outputs need all of x. With 16 tokens, x has as many bytes as 16 rows of weights of 16 bits, and
+// four times as many as 16 rows of weights of 4 bits. L1 is too small for it, and reads of x from
+// L2 would compete with the weights.
 //
 // K is not divided among thread blocks, so there are no partial sums in global memory. Even the
 // smallest launch of Mistral 7B (wo) has 256 blocks of 16 outputs, nearly two for each of 132
-// multiprocessors. They may divide unevenly, but this costs little: half of the multiprocessors
-// have enough bytes under way for the full bandwidth of the memory.
+// multiprocessors. If some multiprocessors have fewer blocks than others, this costs little: half
+// of the multiprocessors have enough bytes under way for the full bandwidth of the memory.
 //
-// An output depends only on the token's row of x and the row of the weight, not on the other
-// tokens, the other parts, or the GPU.
+// The bits of a product depend only on the token's row of x and the row of the weight, not on the
+// other tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
@@ -49,8 +50,8 @@ namespace mistral::cuda {
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
-// The number of thread blocks that must fit on a multiprocessor. It limits the registers of a
-// thread.
+// The number of thread blocks for which the registers of a multiprocessor must be enough. It limits
+// the registers of a thread.
 template <int kM, int kN>
 constexpr int kBlocksAtOnce = kM == 1 && kN <= 2 ? 2 : 1;
 
@@ -80,13 +81,13 @@ int64_t linear_shared_bytes(const LinearParams& p) {
 }
 
 // Numbers that all phases of a product use. They are computed once. Otherwise the compiler would
-// load p again after each asm statement of ptx.cuh that may change memory.
+// load them from p again after each asm statement of ptx.cuh that may change memory.
 struct Work {
   int warp;
   int inputs;     // K
   int blocks;     // the number of blocks of outputs
   int chunks;     // the number of chunks of a row
-  int tile_step;  // 2^tile_step_log2 (weight_stream.cuh)
+  int tile_step;  // the distance from a tile to the next, in rows of the weight
 };
 
 template <class W, int kM, bool kRope>
@@ -105,8 +106,10 @@ __device__ __forceinline__ Work work_of(const LinearParams& p, int warp) {
 template <class W, int kM, int kN, bool kRope>
 struct StepPlan {
   static constexpr int kSteps = W::kUnits * W::kUnitSteps;
+  // Whether the kernel needs more registers than most.
   static constexpr bool kScarce =
       W::kOffset || W::kFurtherBytes > 0 || (W::kGrouped && kRope && kM == 1 && kN == 2);
+  // The most operands of x that a lane loads together.
   static constexpr int kLoads = W::kFurtherBytes > 0 && kN == 1 ? 2 : kScarce ? 4 : 8;
   // The number of steps in a batch. The x of these steps is loaded together.
   static constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
@@ -117,7 +120,8 @@ struct StepPlan {
                                                                                  : W::kUnits;
 };
 
-// Computes skipped_bytes (weight_stream.cuh) of the scales of the lane's two rows in each tile.
+// Scales are copied to shared memory in words of 4 bytes. For the lane's two rows in each tile,
+// computes how many bytes of the first word lie before the row's own scales.
 template <class W, int kM, bool kRope>
 __device__ __forceinline__ void find_skipped(int (&skipped)[kM][2], const LinearParams& p,
                                              const OutputBlock<kRope>& block, const Work& work,
@@ -149,16 +153,18 @@ __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
   }
 }
 
-// Multiplies the operands of step `step` of a chunk, which is step i of its unit. `a` has the
-// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. After the
-// last of the values that share a Scaling, adds their scaled sums to `sums`. 2^steps_log2 steps
-// share a Scaling. With W::kHalfSteps each product of a step has a Scaling of its own.
+// Multiplies step `step` of a chunk by x. `a` has the operands of all steps of a unit for each
+// tile, and this is step i of the unit. `x` has the operands of this step for each 8 tokens.
+//
+// In grouped formats, the products of 2^steps_log2 steps share a Scaling. (With W::kHalfSteps each
+// of the two products of a step has its own.) After the last product that shares a Scaling, the sum
+// of these products is scaled and added to `sums`.
 template <class W, int kM, int kN>
 __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
                                               typename W::Scales (&scales)[kM][2],
                                               const StepOperands (&a)[kM][W::kUnitSteps], int i,
                                               const uint4 (&x)[kN], int step, int steps_log2) {
-  // A step has two products. The number of them that share a Scaling.
+  // How many of the two products of a step share a Scaling.
   constexpr int kTogether = W::kHalfSteps ? 1 : 2;
 #pragma unroll
   for (int product = 0; product < 2; product += kTogether) {
@@ -218,10 +224,10 @@ __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const 
   }
 }
 
-// Adds up the sums of the warps and finishes the outputs, in rounds over tiles and octets of
-// tokens. In a round every warp stores its sums to shared memory. Then kRound warps, one for each
-// octet of tokens, add them up. `round` counts the rounds of this thread block. Two buffers in
-// `partial_sums` alternate, so that a round needs only one barrier.
+// Adds up the sums of the warps and finishes the outputs. A round does this for one tile and kRound
+// octets of tokens. Every warp stores its sums to shared memory. Then kRound warps, one for each
+// octet, add them up. In the next round other warps do so. `round` counts the rounds of this
+// thread block. Two buffers in `partial_sums` alternate, so that a round needs only one barrier.
 template <class W, int kM, int kN, class Finish>
 __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,
                                        const OutputBlock<Finish::kRope>& block,

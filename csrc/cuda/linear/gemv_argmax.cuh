@@ -26,7 +26,7 @@ __device__ __forceinline__ void contribute(const LinearParams& p, int token, Ran
 }
 
 // All threads call this at the end of the kernel. The block that arrives last writes the token ids
-// and zeros the running argmax.
+// and zeros the running argmax for the next call.
 __device__ __forceinline__ void choose_tokens(const LinearParams& p) {
   if (!arrives_last(&p.running->arrived, gridDim.x) || threadIdx.x >= p.tokens) return;
   const Rank best = atomicExch(&p.running->best[threadIdx.x], 0ull);

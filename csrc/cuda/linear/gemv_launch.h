@@ -9,8 +9,9 @@ namespace mistral::cuda {
 
 // Whether a format has all kernels: for up to 8, 16, 32 and 64 tokens, each with and without RoPE.
 // The formats after q8_0 have fewer, because kernels take long to compile: for up to 8 and 32
-// tokens, and none with RoPE. A kernel with RoPE needs one format for query, key and value, but
-// GGUF files, in which most of these formats occur, often mix formats there.
+// tokens, all without RoPE. A kernel with RoPE would serve them less often, because it needs one
+// format for query, key and value. Most of these formats are for GGUF files, which often mix
+// formats there.
 constexpr bool has_every_kernel(WeightFormat format) { return format <= WeightFormat::q8_0; }
 
 // The most tokens that one pass over weights of a format multiplies.

@@ -16,7 +16,7 @@ namespace mistral::cuda {
 constexpr int kNormTokens = 16;
 
 // The number of elements from one row of normalised x in shared memory to the next. A row is padded
-// with zeros to whole chunks, and then by W::kRowPadding bytes.
+// with zeros to whole chunks. W::kRowPadding more bytes keep reads in different banks.
 template <class W>
 MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
   return static_cast<int>(ceil_div(inputs, W::kValues)) * W::kValues +
@@ -55,9 +55,9 @@ struct RowInGlobal {
 
 // Normalises `count` tokens, at most kTokens, from token `first` on. All threads of the block call
 // this. The first pass over x sums the squares, the second normalises. `rows` is RowsInShared or
-// RowInGlobal: it keeps the 8 elements of row i from k on for the second pass, and stores their
-// results. `sums` is shared memory for kTokens * kLinearWarps floats. If the results are in shared
-// memory, the caller must put a barrier after the call.
+// RowInGlobal: it provides x to the second pass, and stores the results. `sums` is shared memory
+// for kTokens * kLinearWarps floats. If the results are in shared memory, the caller must put a
+// barrier after the call.
 template <class T, int kTokens, class Rows>
 __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t first, int count,
                                                float* sums, const Rows& rows) {

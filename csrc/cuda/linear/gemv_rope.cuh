@@ -1,6 +1,6 @@
-// Applies RoPE and appends to the rings within the kernel of the product of query, key and value.
-// Sums are rounded before they are rotated, so the results have the same bits as those of the
-// separate op rope.
+// Applies RoPE within the kernel that computes query, key and value, and appends keys and values to
+// the rings (ring.h). Products are rounded before they are rotated, so the results have the same
+// bits as those of a product followed by the op rope.
 #pragma once
 
 #include "../../linear.h"
@@ -14,14 +14,14 @@ namespace mistral::cuda {
 // Facts about a token that a block looks up once for all of its outputs.
 struct NewToken {
   uint64_t position;
-  TokenRows rows;  // the rows of the pools where its key and value are stored
-  bool stored;     // whether this kernel stores them
+  TokenRows rows;  // where its key and value belong in the rings
+  bool stored;     // whether this kernel stores them there
 };
 
-// The outputs that a lane finishes for 8 tokens and one tile: a pair of outputs for each of tokens
-// 2 (lane % 4) and 2 (lane % 4) + 1. The pair is row lane / 4 of the tile, and the row of the
-// weight that lies D/2 further. The constructor's `token` is the first of the 8 tokens, `output`
-// the first row of the tile.
+// The outputs that a lane finishes for 8 tokens and one tile. There are two pairs, one for token
+// 2 (lane % 4) of the 8 tokens, and one for the token after it. RoPE rotates a pair. Its first
+// element is row lane / 4 of the tile, and its second the row of the weight that lies D/2 further.
+// The constructor's `token` is the first of the 8 tokens, `output` the first row of the tile.
 template <class W>
 struct RotatedOutputs {
   using T = typename W::Element;
@@ -30,7 +30,7 @@ struct RotatedOutputs {
   bool rotated;     // false: these are outputs of the value
   T* address[2];    // where the first element of the pair is stored; null: there is no such token
   T* slot[2];       // the same in the ring; null: it is not stored there
-  float2 turn[2];   // cosine and sine of the angle
+  float2 turn[2];   // if rotated: cosine and sine of the angle
   float scales[2];  // with W::kRowScaled: the scales of the two rows
 
   __device__ __forceinline__ RotatedOutputs(const LinearParams& p, const RopeParams& rope,
@@ -95,7 +95,7 @@ struct RopeFinish {
   const LinearParams& p;
   const RopeParams& rope;
   // Tables in shared memory, which `begin` fills.
-  const uint64_t* angles;  // [D/2], from turns_per_position
+  const uint64_t* angles;  // [D/2], the angle of each pair at position 1 (turns_per_position)
   const NewToken* tokens;  // [T]
 
   // The bytes of shared memory that `begin` fills.

@@ -87,9 +87,9 @@ struct Outputs {
   }
 
  private:
-  // The address of the number that is added to a product. `output` is the address of the output. If
-  // a call takes several launches, p.out and p.added move by the same number of columns. So an
-  // output's column in p.out is also its column in p.added.
+  // The address of the number that is added to a product, which has the same column in p.added as
+  // the output in p.out. That is so in every launch of a call, because linear.cu moves both
+  // pointers by the same number of columns. `output` is the address of the output.
   __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
     const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
     return p.added + token * p.stride_added_token + column;

@@ -14,10 +14,11 @@ namespace mistral::cuda {
 template <class W, int kM, int kN>
 struct GroupSums {
   float sums[kM][kN][4] = {};
-  float sums_of_x[kN][4] = {};  // only with W::kOffset: sums of x over the group, equal in all rows
+  // Only with W::kOffset: sums of x over the group. The weights' offset is multiplied by them.
+  float sums_of_x[kN][4] = {};
 
-  // Adds the x of a step to sums_of_x, by a product with ones. `x` has the operands of the step's
-  // two products, for 8 tokens.
+  // Adds the x of a step to sums_of_x. A product with ones leaves each sum in the lane that needs
+  // it. `x` has the operands of the step's two products, for 8 tokens.
   __device__ __forceinline__ void add_x(int n, const uint32_t (&x)[2][2]) {
     using T = typename W::Element;
     constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;

@@ -1,8 +1,8 @@
-// Reads the scales of groups in the layouts of the formats (csrc/formats.h). An object of these
-// types is made from the scales of one group or of several neighbouring groups, in shared memory or
-// in registers. `next(i)` returns a Scaling. SixBitScales, ByteScales and SplitScales return number
-// i of the Scalings of 256 values. The other types ignore i and return one Scaling after another,
-// so callers must go in the order of the values.
+// Reads the scales of groups in the layouts of the formats (csrc/formats.h). There is a type for
+// each layout. Its constructor takes the address of the scales, in shared memory or in registers.
+// `next(i)` returns a Scaling. PlainScales and PairedScales ignore i, and return the Scaling of one
+// group after another. So callers must go in the order of the values. In the other types, a group
+// has 256 values and several Scalings, and `next(i)` returns number i.
 #pragma once
 
 #include <cstdint>

@@ -44,13 +44,14 @@ MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
   return blocks;
 }
 
-// A block of outputs, which a thread block computes at a time. Its rows of the weight are
-// neighbours in one part. With SwiGLU, it has the same rows of both parts. With RoPE, the rows are
-// half in the first half of a head, and half D/2 further.
+// A block of outputs. A thread block computes one at a time. Without SwiGLU and RoPE, its rows of
+// the weight are neighbours in one part. With SwiGLU, it has the same rows of both parts. With
+// RoPE, half of its rows are neighbours in the first half of a head, and the others lie D/2
+// further.
 template <bool kRope>
 struct OutputBlock {
   int part;
-  int count;   // the number of rows from `first` on that exist; with RoPE D, because all rows exist
+  int count;   // how many rows from `first` on exist; with RoPE all rows exist, and this is D
   int first;   // first row in the part
   int column;  // first column in the output
   bool swiglu;
@@ -82,9 +83,9 @@ struct OutputBlock {
   }
 
   // A tile has an upper half (0) and a lower half (1), of 8 rows each. part_of(half) is the part to
-  // which a half belongs. row_of(output, half) is a row of that part, counted from `first`: row
-  // `output` for the upper half, and for the lower half the row that stands 8 rows lower in the
-  // tile.
+  // which a half belongs. row_of(output, 0) is the row of output number `output` of the block.
+  // row_of(output, 1) is the row that stands 8 rows lower in the tile. Rows are counted from
+  // `first`.
   __device__ __forceinline__ int part_of(int half) const { return swiglu ? half : part; }
   __device__ __forceinline__ int row_of(int output, int half) const {
     if constexpr (kRope) return output + half * half_head;
@@ -101,16 +102,16 @@ __device__ __forceinline__ int scale_bytes(const LinearParams& p, int values) {
   return (values >> W::group_log2(p)) * kGroupBytes<typename W::Scales>;
 }
 
-// The number of words of shared memory for the scales of a chunk of one row, if groups have the
-// smallest size. One more word is added. It has room for the scale of the previous row, and makes
-// rows begin in different banks.
+// The number of words of shared memory for the scales of a chunk of one row. They are enough for
+// groups of the smallest size, plus one word. This word has room for the scale of the previous row,
+// and makes rows begin in different banks.
 template <class W>
 constexpr int kScaleWords = W::kValues / W::kLeastGroup * kGroupBytes<typename W::Scales> / 4 + 1;
 template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
-// `begin` is the address of the first scale of a row or of a chunk. Returns how many bytes of its
-// word lie before it. (All chunks of a row have the same number.)
+// Returns by how many bytes `begin` exceeds a multiple of 4. `begin` is the address of the first
+// scale of a row or of a chunk. (All chunks of a row have the same result.)
 template <class W>
 __device__ __forceinline__ int skipped_bytes(const void* begin) {
   if constexpr (kGroupBytes<typename W::Scales> % 4 == 0) {
@@ -120,12 +121,12 @@ __device__ __forceinline__ int skipped_bytes(const void* begin) {
   }
 }
 
-// The shared memory of a thread block for the stages of all its warps. Sizes are in bytes.
-// kValueBytes and kScaleBytes are those of one stage.
+// The shared memory of a thread block for the stages of all its warps. A stage is a buffer for one
+// chunk of each row of kM tiles, and for the scales of these chunks (kValueBytes and kScaleBytes).
 template <class W, int kM>
 struct StageLayout {
-  // There is room for 4 tiles in a warp's stages. But tiles with further bits are larger, and on
-  // some devices a block has only 99 KB of shared memory. So a warp has only 3 of them.
+  // The stages of a warp hold 4 tiles in all, or 3 tiles with further bits. These are larger, and
+  // on some devices a block has only 99 KB of shared memory.
   static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
   static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
@@ -133,8 +134,8 @@ struct StageLayout {
 };
 
 // Copies to shared memory the chunks of weights (formats.cuh) that a warp multiplies. First come
-// all chunks of the warp for a block of outputs, then those for the next block. A stage holds one
-// chunk of each row of kM tiles of 16 rows, and the scales of these chunks.
+// all chunks of the warp for a block of outputs, then those for the next block. The stages
+// (StageLayout) are filled in turn: one is in use while the others are being filled.
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
@@ -156,8 +157,8 @@ class WeightStream {
     for (int i = 0; i < Layout::kStages - 1; ++i) copy_next();
   }
 
-  // Makes the stage of the next chunk current, after its copies have arrived. Starts the copy of a
-  // further chunk into the stage that was current before.
+  // Waits for the copies of the next chunk, and makes its stage current. Then starts to copy a
+  // later chunk into the stage that was current before.
   __device__ __forceinline__ void advance() {
     cp_async_wait<Layout::kStages - 2>();
     __syncwarp();  // the copies of all lanes have arrived; no lane uses the old stage any more
@@ -169,7 +170,7 @@ class WeightStream {
     return {values_ + current_ * Layout::kValueBytes + m * WeightTile<W>::kBytes};
   }
   // The address of the scales of the current chunk in row `row` of tile m. `skipped` is
-  // skipped_bytes of this row. So many bytes before the address belong to the previous row.
+  // skipped_bytes of this row. Before the address lie `skipped` bytes of the previous row's scales.
   __device__ __forceinline__ const char* scales(int m, int row, int skipped) const {
     return scales_ + current_ * Layout::kScaleBytes + m * kTileScaleBytes<W> +
            row * kScaleWords<W> * 4 + skipped;

@@ -46,12 +46,13 @@ __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
 }
 
 // Widens the two 4-bit values in bits 0 to 3 and 16 to 19 of `pair`, and subtracts kLess from each.
-// `flipped` is a mask of the bits that are inverted first. `further` holds the bits of the two
-// values above the lowest four, at bits 4 and up of each half.
+// `flipped` is a mask of the bits that are inverted first. If values have more than 4 bits,
+// `further` has their other bits, from bit 4 and from bit 20 on.
 template <class T, int kLess>
 __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, uint32_t flipped = 0,
                                                uint32_t further = 0) {
-  constexpr uint32_t kPower = std::is_same_v<T, __half> ? 0x64006400u : 0x43004300u;  // 1024, 128
+  constexpr uint32_t kPower = std::is_same_v<T, __half> ? 0x64006400u   // 1024, twice
+                                                        : 0x43004300u;  // 128, twice
   return subtract_pairs<T>(and_xor(pair, 0x000f000fu, kPower ^ flipped) | further,
                            kPower + kLess * 0x00010001u);
 }
@@ -93,6 +94,8 @@ struct TableWords {
                             k12 = table_entries(12);
 
   // Looks up the 4 indices in the low half of a word. Returns the elements as the bytes of a word.
+  // __byte_perm can choose among 8 bytes. So it chooses from each half of the table by the low 3
+  // bits of an index, and then between the two results by the high bit.
   static __device__ __forceinline__ uint32_t look_up(uint32_t indices) {
     const uint32_t low_bits = indices & 0x7777u;
     const uint32_t first = __byte_perm(k0, k4, low_bits), second = __byte_perm(k8, k12, low_bits);
@@ -119,10 +122,10 @@ struct FiveBits {
   }
 };
 
-// Words of q6_k, with the two high bits of each value. Widens the lowest kCount pairs of `word`: 4,
-// or 2 where a lane takes half a word, which the caller has shifted down. `further` is the further
-// word (csrc/formats.h), shifted so that its lowest bits are the high bits of the first of these
-// values. Stored values are 32 too large, so 32 is subtracted.
+// Words of q6_k, with the two high bits of each value. Widens the lowest kCount pairs of `word`: 4
+// for a word, or 2 for half a word. `further` is the further word (csrc/formats.h), shifted so that
+// its lowest bits are the high bits of the first of these values. Stored values are 32 too large,
+// so 32 is subtracted.
 struct SixBits {
   template <class T, int kCount>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
