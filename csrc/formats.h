@@ -28,15 +28,15 @@ namespace mistral {
 //           32 values, and the first s has the lowest bits
 //
 // Words have 32 bits and hold 8 neighbouring values of 4 bits: [N, K / 8]. Value i of a word begins
-// at bit int4_shift(i). So (word >> 4 j) & 0x000f000f is the pair of values (2 j, 2 j + 1). Values
-// are unsigned, 0 to 15, unless the list says "signed". Signed values are in two's complement.
+// at bit int4_shift(i). So one shift and one mask, (word >> 4 j) & 0x000f000f, give value 2 j in
+// the low 16 bits and value 2 j + 1 in the high 16 bits. Values are unsigned, 0 to 15, unless the
+// list says "signed". Signed values are in two's complement.
 //
-// q5_k and q6_k keep the low 4 bits of their values in such words, and the other bits in further
-// words. Consider 256 values. Word 4 b + i of the 32 words is word i, 0 to 3, of block b of 32
-// values. A value of this word begins at bit t = int4_shift(e), where e, 0 to 7, is its place in
-// the word.
-//   q5_k: the fifth bit of the value is bit fifth_bit_shift(i, t) of further word b
-//   q6_k: the two high bits begin at bit high_bits_shift(i, t) of further word 8 (i / 2) + b
+// q5_k and q6_k keep the low 4 bits of 256 values in 32 such words. The fifth and sixth bits are in
+// the further words, 8 (q5_k) or 16 (q6_k), that follow them. Each block b of 32 values, 0 to 7,
+// has the words 4 b + i, where i is 0 to 3. If a value begins at bit t of word 4 b + i, then
+//   q5_k: its fifth bit is bit fifth_bit_shift(i, t) of further word b
+//   q6_k: its two high bits begin at bit high_bits_shift(i, t) of further word 8 (i / 2) + b
 //
 // From q8_0 on, each format but q4_z holds the same numbers as GGUF's blocks of its name. q4_0 and
 // q4_z also hold the numbers of GPTQ and AWQ. Unlike in those files, values and scales here are in
@@ -58,9 +58,10 @@ enum class WeightFormat {
 
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
-// Where the further bits of a value begin in their further word. `word` is i above, and `shift` is
-// t. A further word serves four words in q5_k and two words in q6_k. If a value lies in byte j of
-// its word, its further bits lie in byte j of the further word.
+// Where the fifth bit (q5_k) or the two high bits (q6_k) of a value begin in its further word. The
+// value itself begins at bit `shift` of word `word`, 0 to 3, of its block of 32 values. A further
+// word serves four words in q5_k and two words in q6_k. If a value is in byte j of its word, its
+// further bits are in byte j of the further word.
 MISTRAL_HOST_DEVICE constexpr int fifth_bit_shift(int word, int shift) {
   return shift / 8 * 8 + 2 * word + shift % 8 / 4;
 }

@@ -15,7 +15,7 @@
 
 namespace mistral {
 
-// The operation after the product.
+// The operation after the product. The parts are the weights of the call (WeightPart).
 //   store   out = product
 //   add     out += product
 //   swiglu  out = silu(product with the first part) * (product with the second part)
@@ -106,8 +106,8 @@ constexpr int64_t kGemvTokens = 8;
 int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
 
-// Whether `linear` rounds activations to 8 bits with the instruction set in use, unless
-// LinearParams::exact is set.
+// Whether `linear` with LinearParams::exact = false rounds activations to 8 bits. This depends on
+// the instruction set in use, too.
 bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens);
 
 int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p);

@@ -26,8 +26,9 @@ struct QuantizeParams {
 // the block.
 struct QuantizeFeedbackParams {
   bool two_levels;          // true: iq4_xs; false: iq4_nl
-  float* weight;            // [N, B], overwritten: each element becomes the error of the weight,
-                            // divided by the diagonal element of `factor` for its column
+  float* weight;            // [N, B], overwritten: each element becomes what the caller needs to
+                            // correct the columns after the block, the error of the weight divided
+                            // by the diagonal element of `factor` for its column
   const float* factor;      // [B, B], upper triangle, 0 below: the block of the Cholesky factor of
                             // the inverse Hessian
   const float* importance;  // [B], how much an error in each column counts; null: all count alike

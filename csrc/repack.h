@@ -15,7 +15,7 @@ enum class BlockType { q4_0, q4_1, q5_0, q8_0, q3_k, q4_k, q5_k, q6_k, iq4_nl, i
 
 struct BlockInfo {
   const char* name;  // ggml's name of the type
-  int64_t values;    // neighbouring values of a row in a block; also the group of the format
+  int64_t values;    // neighbouring values of a row in a block, and of a group of the result
   int64_t bytes;
   WeightFormat format;
 };
@@ -43,8 +43,8 @@ constexpr BlockInfo kBlockTypes[kNumBlockTypes] = {
 struct RepackParams {
   BlockType type;
   const uint8_t* blocks;  // [N, B] blocks, at any address
-  uint8_t* values;        // [N, B value_bytes], contiguous; null: do not write values
-  uint8_t* scales;        // [N, B scale_bytes], contiguous; null: do not write scales
+  uint8_t* values;        // [N, B * value_bytes], contiguous; null: do not write values
+  uint8_t* scales;        // [N, B * scale_bytes], contiguous; null: do not write scales
   int64_t rows;           // N
   int64_t row_blocks;     // B
   int64_t stride_row;     // bytes from one row of blocks to the next

@@ -20,7 +20,7 @@ struct RotateParams {
   const double* frequencies;  // [D/2], radians per position
   int64_t num_sequences;      // S
   int64_t tokens;             // T
-  int64_t heads;              // H, any number
+  int64_t heads;              // H
   int64_t head_dim;           // D
   int64_t stride_x_token, stride_x_head;
   int64_t stride_out_token, stride_out_head;

@@ -6,17 +6,20 @@
 //            else: the token with the largest x / temperature + g, among the tokens that pass the
 //            filters min_p, top_k and top_p, which are applied in this order
 //
-// If two tokens tie, the lower id wins. g = -log(-log(u)) is Gumbel noise. The token with the
-// largest x / temperature + g is a random one: its distribution is the softmax of x / temperature
-// over the tokens that are left (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). u is a pure
-// function of (seed, index, step, token). Take word token % 4 of the Philox block with the key
-// (seed, index) and the counter (token / 4 + 1, step, 0, 0). u is the upper 53 bits of this word,
-// read as a fraction. numpy's Generator(Philox(key=[seed, index], counter=[0, step, 0,
-// 0])).random(V) gives the same numbers.
+// If two tokens tie, the lower id wins. g = -log(-log(u)) is Gumbel noise, where u is random,
+// between 0 and 1. With this noise, a token is chosen with its probability in the softmax of
+// x / temperature over the tokens that are left (Gumbel 1954; Maddison et al. 2014,
+// arXiv:1411.0030).
 //
-// The functions below define this for CPU and CUDA devices. Results that must agree between devices
-// are computed in doubles or integers. Sums of probabilities are in fixed point, so their order
-// does not matter.
+// u depends only on (seed, index, step, token), so the noise of a completion is the same on every
+// device and in every batch. Take word token % 4 of the Philox block with the key (seed, index) and
+// the counter (token / 4 + 1, step, 0, 0). u is the upper 53 bits of this word, divided by 2^53. It
+// is also element `token` of what numpy returns for Generator(Philox(key=[seed, index], counter=[0,
+// step, 0, 0])).random(V).
+//
+// The functions below define all of this for CPU and CUDA devices. Results that must agree between
+// devices are computed in doubles or integers. Sums of probabilities are in fixed point, so their
+// order does not matter.
 #pragma once
 
 #include <cmath>
@@ -89,7 +92,7 @@ cudaError_t sample(const SampleParams& p, cudaStream_t stream);
 }
 #endif
 
-// ---- x
+// ---- Penalties
 
 MISTRAL_HOST_DEVICE bool has_penalty(const SamplingOptions& o) {
   return o.repetition_penalty != 1 || o.presence_penalty != 0 || o.frequency_penalty != 0;

@@ -56,8 +56,9 @@ set(cuda_kernels
   ${root}/csrc/cuda/swiglu.cu
   ${root}/csrc/cuda/swiglu_backward.cu)
 set(cuda_kernels_sm90 ${root}/csrc/cuda/attention/prefill_sm90.cu)
-# Sources that the emulator of CUDA does without, because it has its own functions of the CUDA
-# runtime. cuda_headers is a folder on the include path. The emulator puts its own headers first.
+# The emulator of CUDA does without cuda_sources and cuda_sources_sm90, because it has its own
+# functions of the CUDA runtime. cuda_headers is a folder on the include path. The emulator puts its
+# own folder before it, whose runtime.cuh, ptx.cuh and ptx_sm90.cuh replace those of cuda_headers.
 set(cuda_sources ${root}/csrc/cuda/common/device.cu)
 set(cuda_sources_sm90 ${root}/csrc/cuda/attention/tensor_map_sm90.cu)
 set(cuda_headers ${root}/csrc/cuda/common)

@@ -11,9 +11,9 @@ from torch import Tensor, dtype
 class Call:
     """A call of a kernel, whose arguments have been checked.
 
-    `run` takes the addresses of memory for intermediate results (`workspace_bytes` bytes) and, on a
-    CUDA device, of `counters` zeroed 32-bit integers. `target` is the CUDA stream, or on the CPU
-    the number of threads (see `ops.workspace`).
+    `run` takes the address of `workspace_bytes` bytes for intermediate results. On a CUDA device it
+    also takes the address of zeroed 32-bit integers, as many as the property `counters` says.
+    `target` is the CUDA stream, or on the CPU the number of threads (see `ops.workspace`).
     """
 
     @property

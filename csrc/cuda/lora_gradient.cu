@@ -1,8 +1,8 @@
-// Grid: (tiles of columns, tiles of rows, adapters). A block owns a tile of the result, so no two
-// blocks add to the same sum. The tokens are divided among groups of 4 neighbouring threads. Each
-// of the 4 threads sums its own columns of the tile: 16 bytes of x, or one element if rows are not
-// aligned. At the end the sums of the groups are added, first within a warp and then over the
-// warps.
+// The gradient of the stacked A or B (lora.h). Grid: (tiles of columns, tiles of rows, adapters). A
+// block owns a tile of one adapter's gradient, so no two blocks add to the same sum. The tokens are
+// divided among groups of 4 neighbouring threads. Each of the 4 threads sums its own columns of the
+// tile: 16 bytes of a row of x, or one element if the rows of x are not aligned. At the end the
+// sums of the groups are added, first within a warp and then over the warps.
 #include "../lora.h"
 
 #include <launch.cuh>

@@ -1,7 +1,8 @@
 // Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
-// element if rows are not aligned. It keeps up to kHeld vectors in registers from the sum of
-// squares to the scaling, so that each element is read once and written once. A longer row is
-// processed in parts. All its parts but the last are read again for the scaling.
+// element if rows are not aligned. A thread holds up to kHeld vectors in registers. What a block
+// holds at a time is a part of the row. If the row is one part, it stays in the registers from the
+// sum of squares to the scaling, so that it is read only once. Of a longer row only the last part
+// stays there, and the other parts are read again for the scaling.
 #include "../rms_norm.h"
 
 #include <launch.cuh>
@@ -27,8 +28,8 @@ __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& re
   return round_to<T>(sum);
 }
 
-// The launch bounds limit a thread to 64 registers. Then a multiprocessor has room for 1024 threads
-// with loads under way.
+// The launch bounds limit a thread to 64 registers. So a multiprocessor has room for 1024 threads,
+// and some can load while others wait at a barrier.
 template <class T, int N>
 __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormParams p) {
   const int64_t token = blockIdx.x;

@@ -1,6 +1,6 @@
 // Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
-// element if rows are not aligned. The row is read once for the two sums, and again for the
-// gradient. The second time it usually comes from a cache.
+// element if rows are not aligned. The row is read once for the sums of x^2 and of
+// x * weight * d_out, and again for the gradient. The second time it usually comes from a cache.
 #include "../rms_norm.h"
 
 #include <launch.cuh>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   float* shared = dynamic_shared<float>();
   const auto dim = static_cast<float>(p.dim);
   const float factor = 1.0f / sqrtf(block_sum(squares, shared) / dim + p.eps);
-  __syncthreads();  // all threads have read the first sum
+  __syncthreads();  // all threads have read the first sum, so `shared` can be used again
   const float mean = block_sum(products, shared) / dim;
 
   const float shrink = mean * factor * factor;

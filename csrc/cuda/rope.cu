@@ -1,8 +1,9 @@
-// Grid: one block per token. First the threads of a block share the D/2 angles, and write the
-// cosines and sines to shared memory. Then they share the heads of q, k and v, which are divided
-// into items. An item is 16 bytes of the first half of a head (one element if rows are not aligned)
-// and the matching bytes of the second half. q and k are read once and rotated in place. v and the
-// rotated k are stored in the ring if `stored_before_attention` (ring.h) holds for the token.
+// Grid: one block per token. First the threads of a block divide the D/2 angles among themselves,
+// and write the cosines and sines to shared memory. Then they divide the heads of q, k and v among
+// themselves, in items. An item is 16 bytes of the first half of a head (one element if rows are
+// not aligned) and the matching bytes of the second half. q and k are read once and rotated in
+// place. v and the rotated k are stored in the ring if `stored_before_attention` (ring.h) holds for
+// the token.
 #include "../rope.h"
 
 #include <launch.cuh>
@@ -25,8 +26,8 @@ struct Head {
 };
 
 // Finds the addresses of head `index`, which counts the heads of q first, then those of k, then
-// those of v. `stores` says whether the token is stored in the ring. It must be true for heads of
-// v.
+// those of v. `stores` says whether the token is stored in the ring. If it is not, `index` must not
+// be a head of v, because the only thing to do with v is to store it.
 template <class T>
 __device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence& s, int64_t token,
                                              int64_t position, bool stores, int index) {

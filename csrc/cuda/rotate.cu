@@ -1,7 +1,7 @@
-// Grid: one block per token. First the threads of a block share the D/2 angles, and write the
-// cosines and sines to shared memory. Then they share the heads, which are divided into items. An
-// item is 16 bytes of the first half of a head (one element if rows are not aligned) and the
-// matching bytes of the second half.
+// Grid: one block per token. First the threads of a block divide the D/2 angles among themselves,
+// and write the cosines and sines to shared memory. Then they divide the heads among themselves, in
+// items. An item is 16 bytes of the first half of a head (one element if rows are not aligned) and
+// the matching bytes of the second half.
 #include "../rotate.h"
 
 #include <launch.cuh>

@@ -17,7 +17,8 @@ __device__ __forceinline__ uint64_t turns_per_position(double radians) {
   constexpr double kInverse = 0x1.45f306dc9c883p-3, kInverseRest = -0x1.6b01ec5417056p-57;
   const double turns = radians * kInverse;
   const double rest = fma(radians, kInverse, -turns) + radians * kInverseRest;
-  // The fraction of a turn may round to 1. Then the product is 2^63, which the shift turns into 0.
+  // The fraction of a turn may round to 1. Times 2^64, this would not fit 64 bits. Times 2^63 it
+  // does, and the shift turns it into 0, which is the same angle.
   const auto fraction = static_cast<uint64_t>((turns - floor(turns)) * 0x1p63) << 1;
   return fraction + static_cast<uint64_t>(static_cast<int64_t>(rest * 0x1p64));
 }
@@ -25,7 +26,8 @@ __device__ __forceinline__ uint64_t turns_per_position(double radians) {
 // The cosine and sine of an angle, which is a 64-bit fraction of a turn.
 __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
   // Splits the angle into the nearest multiple of a quarter turn and a rest of at most an eighth of
-  // a turn. As a float, the rest keeps 24 significant bits.
+  // a turn. The rest is exact until it is rounded to a float, so even a sine or cosine near
+  // 0 has about the precision of a float.
   const uint64_t quarter = (turns + (uint64_t{1} << 61)) >> 62;
   const auto rest = static_cast<int64_t>(turns - (quarter << 62));
   float sine, cosine;

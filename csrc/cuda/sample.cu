@@ -1,6 +1,10 @@
 // Grid: one block per row of logits. In all passes over the row, a thread owns the same groups of
-// four tokens: every kThreads-th group. So without a barrier, it may read in a later pass what it
-// wrote to the scratch in an earlier pass. The four tokens of a group share a block of Philox.
+// four tokens: every kThreads-th group. So without a barrier, it may read in a later pass the keys
+// and weights that it wrote in an earlier pass. A group has four tokens because one call of the
+// random number generator (philox.h) gives four numbers.
+//
+// sample.h explains the keys, ranks, filters and weights that this file uses. A key is the adjusted
+// logit of a token as an integer, and a rank is a key with the id of its token.
 //
 // Results do not depend on the order of the threads, because all sums over threads are integers.
 #include "../sample.h"
@@ -69,7 +73,8 @@ __device__ __forceinline__ void store_group(T* row, const T (&values)[kGroup], i
   }
 }
 
-// Loads a row of a table, 8 bytes at a time.
+// Loads a row of the options or noise table, 8 bytes at a time, because not every row is 16-byte
+// aligned.
 template <class T>
 __device__ __forceinline__ T load_row(const T* row) {
   static_assert(sizeof(T) % sizeof(uint64_t) == 0);
@@ -158,16 +163,14 @@ struct Row {
     return block_reduce(best, shared, Larger());
   }
 
-  // Returns the lowest rank that passes the filter `top`. Measures are summed from the highest rank
-  // down until the sum is enough. If the sum over all ranks at or above `threshold` is not enough,
-  // the result is `threshold`.
+  // Returns the lowest rank that passes the filter `top` (TopK or TopP of sample.h). `measures` [V]
+  // holds what each token at or above `threshold` adds to the filter's sum. If it is null, each
+  // token adds 1. The tokens are added from the highest rank, `best`, down until the sum is enough
+  // (top.reached). If all tokens at or above `threshold` are not enough, the result is `threshold`.
   //
-  // The rank is found digit by digit, from the highest digit on. For each digit, a histogram is
-  // made over the ranks that begin with the digits found so far. Each bin belongs to a value of the
-  // next digit, and holds the sum of the measures of the ranks with this value.
-  //
-  // `measures` [V] holds the measures of the tokens at or above the threshold. If `measures` is
-  // null, each measure is 1. `best` is the highest rank.
+  // The result is found digit by digit (of kDigitBits bits), from the highest digit on. For each
+  // digit, a histogram is made of the ranks that begin with the digits found so far. A bin holds
+  // the sum of the measures of the ranks whose next digit is the number of the bin.
   template <class Top>
   __device__ Rank select(const Top& top, const uint64_t* measures, Rank threshold,
                          Rank best) const {
@@ -195,8 +198,8 @@ struct Row {
       if (lane == 0) shared->sums[warp] = sum;
       __syncthreads();
 
-      // Every warp finds the digit, so no further barrier is needed. Lane i computes the sum of the
-      // measures of all ranks from the highest one down to those whose next digit is i.
+      // Lane i computes the sum of the measures from the highest rank down to the ranks in bin i.
+      // Every warp does this for itself, so that no warp has to wait for the result of another.
       uint64_t down_to = above;
       for (int digit = kBins - 1; digit >= lane; --digit) down_to += shared->sums[digit];
       const unsigned enough = __ballot_sync(kAllLanes, lane < kBins && top.reached(down_to));

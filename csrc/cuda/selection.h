@@ -6,7 +6,7 @@
 
 namespace mistral::cuda {
 
-// The prefill kernels. All supported devices run sm80. Only sm_90a runs sm90.
+// The prefill kernels. All supported devices run sm80. Only Hopper runs sm90.
 enum class Prefill { sm80, sm90 };
 const char* name(Prefill prefill);
 
@@ -23,9 +23,9 @@ void select_prefill(const std::string& name);
 
 // Whether the kernels of a decode step may overlap. With overlap, a kernel fetches its first
 // weights while earlier kernels still run, so the earlier kernels must not write weights. The
-// environment variable MISTRAL_EXT_OVERLAP (0 or 1) sets the initial value, which is 0 without it.
-// `overlap` changes it. Both throw std::invalid_argument if the variable has another value.
+// initial value is that of the environment variable MISTRAL_EXT_OVERLAP (0 or 1), or 0 if the
+// variable is unset or empty. Both functions throw std::invalid_argument if it has another value.
 bool overlapping();
-void overlap(bool wanted);
+void overlap(bool wanted);  // changes the value
 
 }  // namespace mistral::cuda

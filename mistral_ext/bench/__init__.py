@@ -4,7 +4,7 @@ This file has the names of weight formats in benchmarks. It does not import torc
 `mistral-ext --help` reads these names and must be quick.
 """
 
-# The name of a format of plain weights -> torch's name of the dtype.
+# For each format of plain weights, torch's name of its dtype.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 # The formats that are measured by default.
