@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-# A size that is larger than the last-level cache of known machines, in bytes. A model reads its
-# weights from memory, not from a cache. So benchmarks of single ops use several copies of such an
-# input in turn, which have this size together.
+# A size in bytes, larger than the last-level cache of known machines. A model reads its weights
+# from memory, not from a cache. So a benchmark of a single op uses several inputs in turn, which
+# together have this size.
 BEYOND_CACHES = 256 * 2**20
 
 PASSES = 8  # the number of passes of a measurement, by default
@@ -77,7 +77,8 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _buffer() -> torch.Tensor:
-    # Writing ones makes the system provide the pages. Zeros might all be one page.
+    # Writing ones makes the system provide pages of memory. For zeros it may provide one page in
+    # place of all, which would then be read from a cache.
     return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8, device="cpu")
 
 
