@@ -29,7 +29,7 @@ BEYOND_CACHES = 256 * 2**20
 
 PASSES = 8  # the number of passes of a measurement, by default
 
-# The name of an instruction -> its description, from slow to fast. The function in peaks.cpp is
+# Names of instructions and their descriptions, from slow to fast. The function in peaks.cpp is
 # "<name>_rate".
 INSTRUCTIONS = {
     "fp32": "fp32 multiply-add",
@@ -107,10 +107,9 @@ def read_bandwidth(passes: int = PASSES) -> float:
     """Returns the bytes per second that the threads read from memory. There are as many threads as
     torch uses.
 
-    All passes count, not only the best. The reason is that a decode step, with which the result is
-    compared, takes as long as several passes, and the memory of a virtual machine does not keep its
-    best speed for so long. Without a C++ compiler, torch's sum reads the memory, which is up to a
-    tenth slower.
+    All passes count, not only the best. The result is compared with a decode step, which takes as
+    long as several passes. The memory of a virtual machine does not keep its best speed for so
+    long. Without a C++ compiler, torch's sum reads the memory, which is up to a tenth slower.
     """
     library = _library()
     if library is not None:

@@ -52,7 +52,7 @@ class Roofs(NamedTuple):
     Attributes:
         read: the bytes of memory that can be read per second.
         read_label: the text along the slope.
-        levels: the name of an instruction -> its operations per second.
+        levels: the operations per second of each instruction, by its name.
     """
 
     read: float

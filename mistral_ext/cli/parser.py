@@ -86,7 +86,7 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 
     Args:
         message: the message.
-        flags: the name of an argument -> the option.
+        flags: the options by the names of the library's arguments.
     """
 
     def flag(match: re.Match[str]) -> str:

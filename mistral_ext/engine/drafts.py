@@ -31,9 +31,9 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger("mistral_ext")
 
-# The time that wrong drafts cost a sequence is counted in tokens that could have been generated in
-# it. A sequence may lose _ALLOWANCE tokens, plus _ALLOWED_SHARE of the length of its completion.
-# Beyond that it gets no more drafts.
+# The time that wrong drafts cost a sequence is counted in tokens that could have been generated
+# meanwhile. A sequence may lose _ALLOWANCE tokens, plus _ALLOWED_SHARE of the length of its
+# completion. Beyond that it gets no more drafts.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
 # The most tokens to guess at a time without a draft model, by default. On a GPU, drafts may change

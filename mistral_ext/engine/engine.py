@@ -338,7 +338,7 @@ class Outputs(Iterator[Output]):
     def __init__(self, engine: Engine) -> None:
         self.request_ids: list[int] = []
         self._engine = engine
-        self._open: dict[int, deque[Output]] = {}  # request id -> outputs that were not given yet
+        self._open: dict[int, deque[Output]] = {}  # by request id, outputs not given yet
 
     def add(self, request: Request) -> None:
         """Adds a request. From then on the iterator also gives its outputs. Raises the errors of
