@@ -27,8 +27,9 @@ class Chat:
 
     Attributes:
         messages: the conversation so far, as in `Mistral.chat`.
-        ids: the tokens of the conversation up to the last reply that has ended, as the model read
-            and wrote them.
+        ids: the tokens of the conversation up to the last reply that has ended. They are those that
+            the model read and wrote, which the cache may hold. The tokenizer might split the text
+            of a reply into other tokens.
         prompt_ids: the tokens of the prompt that the last reply answers.
         completion: the last reply. None: there is no reply yet, or the last reply has not been read
             to its end.

@@ -107,15 +107,15 @@ def random_weight(
     values, scales = Quantized.empty(shape, form, group, device)[:2]
     integers = torch.iinfo(values.dtype)
     values.random_(integers.min, integers.max)
-    # Scales that are bytes also hold fp16 numbers in two bytes each. 0x1111 as fp16 is 6e-4,
-    # which is near the 1e-3 of other formats.
+    # Small scales keep results finite. An array of bytes holds small integers and fp16 numbers as
+    # scales. With 0x11 in each byte, an fp16 number is 6e-4.
     scales.fill_(1e-3 if scales.is_floating_point() else 0x11)
     return Quantized(values, scales, form)
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Makes a tensor of normally distributed values. It repeats one block of values, because making
-    all of them takes long."""
+    """Makes a tensor of normally distributed values. One block of values is repeated, because to
+    draw all of them would take long."""
     count = torch.Size(shape).numel()
     block = torch.randn(min(count, 2**20), dtype=torch.float32, device=device).to(dtype)
     return block.repeat(-(-count // block.numel()))[:count].view(shape)
@@ -128,8 +128,8 @@ def on_large_pages(x: Tensor) -> Tensor:
 
 
 def step_bytes(model: Transformer) -> int:
-    """Returns how many bytes of weights a decode step reads. The step reads all weights, but only
-    one row of the embeddings, which is not counted."""
+    """Returns how many bytes of weights a decode step reads, without adapters. A step reads one row
+    of the embeddings, so they count only if they are also the output matrix."""
     unread = 0 if model.embeddings is model.output else model.embeddings.nbytes
     return model.nbytes - model.adapters.nbytes - unread
 

@@ -106,15 +106,14 @@ void read_all(const char* data, std::size_t bytes) {
   touch(any);
 }
 
-// The unit of arithmetic that is measured. `step` is one instruction, which multiplies and adds
-// vectors and returns the next sum (a vector). kOps is the number of its multiplications and
-// additions. Steps with different sums do not depend on each other.
+// Each of the next structs describes an instruction to measure. `step` is one such instruction,
+// which multiplies and adds vectors and returns the next sum (a vector). kOps is the number of its
+// multiplications and additions.
 struct Float32 {
   using Register = FloatVector;
   static constexpr double kOps = 2.0 * kVectorBytes / sizeof(float);
   static Register operand() { return Register{} + 0.5f; }
-  // The sum is a factor, because the compiler could compute a product of constants once, before the
-  // loop.
+  // The sum is a factor too, because the compiler would compute x * x only once, before the loop.
   static Register step(Register sum, Register x) { return sum * x + x; }
 };
 

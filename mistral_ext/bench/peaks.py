@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 
-# A size that is larger than the last-level cache of known machines, in bytes. A model reads its
-# weights from memory, not from a cache. So benchmarks of single ops use several copies of such an
-# input in turn, which have this size together.
+# A size in bytes, larger than the last-level cache of known machines. A model reads its weights
+# from memory, not from a cache. So a benchmark of a single op uses several inputs in turn, which
+# together have this size.
 BEYOND_CACHES = 256 * 2**20
 
 PASSES = 8  # the number of passes of a measurement, by default
 
-# The name of an instruction -> its description, from slow to fast. The function in peaks.cpp is
+# Names of instructions and their descriptions, from slow to fast. The function in peaks.cpp is
 # "<name>_rate".
 INSTRUCTIONS = {
     "fp32": "fp32 multiply-add",
@@ -77,7 +77,8 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _buffer() -> torch.Tensor:
-    # Writing ones makes the system provide the pages. Zeros might all be one page.
+    # Writing ones makes the system provide pages of memory. For zeros it may provide one page in
+    # place of all, which would then be read from a cache.
     return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8, device="cpu")
 
 
@@ -106,10 +107,9 @@ def read_bandwidth(passes: int = PASSES) -> float:
     """Returns the bytes per second that the threads read from memory. There are as many threads as
     torch uses.
 
-    All passes count, not only the best. The reason is that a decode step, with which the result is
-    compared, takes as long as several passes, and the memory of a virtual machine does not keep its
-    best speed for so long. Without a C++ compiler, torch's sum reads the memory, which is up to a
-    tenth slower.
+    All passes count, not only the best. The result is compared with a decode step, which takes as
+    long as several passes. The memory of a virtual machine does not keep its best speed for so
+    long. Without a C++ compiler, torch's sum reads the memory, which is up to a tenth slower.
     """
     library = _library()
     if library is not None:

@@ -4,8 +4,9 @@ The horizontal axis shows FLOPs per byte of weights, the vertical axis GFLOPs pe
 are the limits of the machine: the slope is its bandwidth, and the levels are the peaks of its
 instructions. Each measured speed is a point.
 
-The memory of a shared machine is not equally fast at all times. So callers place a point as far
-below the roof as it was below the limit that was measured together with it.
+The memory of a shared machine is not equally fast at all times. So callers compare a speed with the
+limit that was measured at the same time. A speed of 80% of that limit gets its point at 80% of the
+roof.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Roofs(NamedTuple):
     Attributes:
         read: the bytes of memory that can be read per second.
         read_label: the text along the slope.
-        levels: the name of an instruction -> its operations per second.
+        levels: the operations per second of each instruction, by its name.
     """
 
     read: float

@@ -20,8 +20,7 @@ from mistral_ext.bench.models import flops, formats_of, step_bytes
 from mistral_ext.llm import Mistral
 
 _LEAST_TURNS, _MOST_TURNS = 2, 8
-# The turns of a model begin within this time. If it is too short for _LEAST_TURNS, these are made
-# all the same.
+# After this time no more turns begin, except to reach _LEAST_TURNS.
 _SECONDS = 6.0
 _READ_PASSES = 2
 _COPY_BYTES = 2**30

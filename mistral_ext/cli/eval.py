@@ -158,7 +158,7 @@ def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
         names += ["limit", "run_code", "samples", "temperature"]
     for name in names:
         value = getattr(args, name)
-        if value is not None and value is not False:  # an option with the value 0 or "" is given
+        if value is not None and value is not False:  # 0 and "" are values too
             raise ValueError(f"--{name.replace('_', '-')} is given, expected none with --{kind}")
 
 

@@ -1,4 +1,4 @@
-"""Checks for packages that are not always installed, but only with an extra of this package."""
+"""Checks for packages that come only with an extra of this package, as `mistral_ext[plot]`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 
 def expect_extra(extra: str, *modules: str) -> None:
-    """Raises ImportError, which says what to install, unless all modules are installed."""
+    """Raises ImportError if a module is missing. The message says what to install."""
     for name in modules:
         if find_spec(name) is None:
             raise ImportError(f"{name} is missing: pip install 'mistral_ext[{extra}]'")

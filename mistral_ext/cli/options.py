@@ -1,7 +1,8 @@
 """Options that several commands share, and functions that use their values, above all to load the
 model.
 
-Functions that return a parser make one for the argument `parents` of a command's own parser.
+Some functions return a parser. A command passes it to `add_parser` as one of the `parents`, and so
+takes over its options.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def add_dtype(parser: argparse._ActionsContainer, text: str) -> None:
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
-    """Returns the dtype that --dtype names, or None if the option was not given. This function
-    imports torch, so `start`, which sets torch's threads, must be called first."""
+    """Returns the dtype that --dtype names, or None if the option was not given. Imports torch,
+    which takes long, so call it after the options are checked."""
     import torch
 
     dtype: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None

@@ -37,8 +37,9 @@ _COMMANDS = (
     info,
 )
 
-# Finds a name of several words, such as max_tokens, in an error message. A name in a path, in
-# quotes or after a colon is not found: there it belongs to a file, is a value or a key of a file.
+# Finds a name of several words, such as max_tokens, in an error message. It skips names that are no
+# arguments of the library: those in a path, those in quotes (values), and those after a colon (keys
+# of a file).
 _NAME = re.compile(r"(?<![\w./'-])(?<!: )[a-z]+(_[a-z]+)+(?![\w/']|\.\w)")
 # The name of a file at the beginning of a message.
 _OF_A_FILE = re.compile(r"\S*[/.]\S*:? ")
@@ -79,14 +80,13 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
     max_tokens, are replaced by what a user types, such as --max-tokens.
 
     A message that begins with a file is about keys of the file, and does not change. In other
-    messages a name of several words (max_tokens) is replaced, unless it is part of a path, is
-    quoted, or follows a colon, as keys of a file do. A name of one word is replaced only if it
-    begins the message, or is joined to its beginning by "and", as in "group is 32 and size is
-    '1MB', expected".
+    messages, names of several words are replaced (see `_NAME`). A name of one word may be an
+    ordinary word. So it is replaced only as a subject before the first comma, like "group" and
+    "size" in "group is 32 and size is '1MB', expected one of them".
 
     Args:
         message: the message.
-        flags: the name of an argument -> the option.
+        flags: the options by the names of the library's arguments.
     """
 
     def flag(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Starts a command. Importing torch takes most of the time of a start."""
+"""Starts a command: imports torch, sets its threads, and decides what Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mistral_ext.cli.threads import default_threads
 
 
 def end_on_ctrl_c() -> None:
-    """Makes Ctrl-C end this process at once, until `start` has imported torch and the model.
+    """Makes Ctrl-C end this process at once, until `start` has imported torch and the library.
 
     During imports a KeyboardInterrupt would not work, because some modules swallow it and others
     print it. It is not needed either, because no work has begun that must be ended in order.
@@ -25,7 +25,8 @@ def _end(signal_number: int, frame: object) -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Imports torch and the model, sets the threads, and makes Ctrl-C a KeyboardInterrupt again."""
+    """Imports torch and the library, sets torch's threads, and makes Ctrl-C a KeyboardInterrupt
+    again."""
     import torch
 
     import mistral_ext.llm  # noqa: F401

@@ -82,7 +82,8 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
             continue
         mount = root / "cpu" if version_1 else root
         # A parent's limit also holds for its children, so all folders up to the mount are read. In
-        # a container the mount itself may be the container's group. Then only the mount exists.
+        # a container the mount itself may be the container's group. Then the folders below it do
+        # not exist, and set no limit.
         folder = mount / group.lstrip("/")
         for place in (folder, *folder.parents):
             limits.append(_quota(place, version_1))

@@ -21,8 +21,7 @@ class LoadedAdapter:
         slot: the adapter's index in the stacks of `model.adapters`, which are tensors that hold the
             weights of all adapters.
         free: the method `AdapterTable.free`. The engine calls it between steps, after a request
-            with this adapter has ended, because this request may have been the last one that needed
-            the memory of a removed adapter.
+            with this adapter has ended. The memory of removed adapters may have waited for that.
         is_loaded: False once the adapter was removed. Requests that have begun continue to use it.
     """
 
@@ -99,8 +98,8 @@ class AdapterTable:
         self._by_name[name] = LoadedAdapter(name, slot, self.free)
 
     def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Removes an adapter. Its memory is freed as soon as requests use neither this adapter nor
-        an adapter in a later slot. This may be at once.
+        """Removes an adapter. Its memory is freed at once if no request uses it or the adapter in
+        the last slot (see `_close_gaps`). Otherwise it is freed when such requests have ended.
 
         Args:
             name: the name of the adapter.

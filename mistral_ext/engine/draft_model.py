@@ -59,7 +59,8 @@ class DraftModel:
         prefixes: the extents of sequences that have ended.
         rows: the number of tokens that the last pass of `guess` read. They are rows of the pass,
             not of the sampler.
-        is_usual: whether later passes take as long as the last pass of `guess` (see `runner.Step`).
+        is_usual: whether the last pass of `guess` took the time that later passes take. If not,
+            callers do not note its time (see `runner.Step`).
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class DraftModel:
         self._places: dict[Sequence, _Place] = {}
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Makes room in the draft model's cache for at most `MOST_ROWS` sequences, and reads their
-        tokens. Sequences with many unread tokens are read in pieces, in total up to `chunk` tokens
-        per call.
+        """Makes room in the draft model's cache for at most `MOST_ROWS` given sequences, and
+        reads their tokens. Sequences with many unread tokens are read in pieces, in total up to
+        `chunk` tokens per call.
 
         Returns:
             The sequences that are ready for one common call of `guess`. They have room for guesses.
@@ -160,9 +161,9 @@ class DraftModel:
         for sequence in [s for s in self._places if s not in sequences]:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
-            # Count all tokens as exact (see `Sequence.exact`), generated ones too, so that other
-            # sequences may reuse all of them. Their keys may differ in the last bits, which at most
-            # makes guesses worse.
+            # Generated tokens count as exact too (see `Sequence.exact`), so that other sequences
+            # may reuse them. Their keys may differ in the last bits from those of the same tokens
+            # in a prompt. At most this makes guesses worse.
             self.prefixes.add(place.extent, sequence, exact=place.known)
 
     @contextmanager

@@ -31,9 +31,9 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger("mistral_ext")
 
-# The time that wrong drafts cost a sequence is counted in tokens that could have been generated in
-# it. A sequence may lose _ALLOWANCE tokens, plus _ALLOWED_SHARE of the length of its completion.
-# Beyond that it gets no more drafts.
+# The time that wrong drafts cost a sequence is counted in tokens that could have been generated
+# meanwhile. A sequence may lose _ALLOWANCE tokens, plus _ALLOWED_SHARE of the length of its
+# completion. Beyond that it gets no more drafts.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
 # The most tokens to guess at a time without a draft model, by default. On a GPU, drafts may change
@@ -107,9 +107,9 @@ class Drafter:
                 not guess beyond them.
 
         Returns:
-            The drafts of each sequence that gets any. If `unknown` is not 0, a sequence for which
-            the draft model could guess once the tokens are known is also in the result, with an
-            empty list.
+            The drafts of each sequence that gets any. An empty list means that the draft model
+            should guess for the sequence, but first needs its unknown tokens. There are empty lists
+            only if `unknown` is not 0.
         """
         plain = len(sequences)
         cost = self._costs.seconds(plain)
@@ -169,7 +169,8 @@ class Drafter:
     ) -> dict[Sequence, list[int]]:
         """Takes the most likely drafts. Takes as many as give the most expected tokens per second,
         and no drafts if this is hardly more than without them (`LEAST_ADVANTAGE`)."""
-        # The sort is stable, and chances fall within a sequence, so its drafts stay in their order.
+        # A draft is never likelier than those before it in its sequence. So this sort, which is
+        # stable, keeps the drafts of each sequence in order.
         rows.sort(key=lambda row: -row[0])
         best, count, expected = LEAST_ADVANTAGE * plain / cost, 0, float(plain)
         for i, (chance, _, _) in enumerate(rows[: MOST_ROWS - plain], 1):
@@ -215,8 +216,8 @@ class Drafter:
 def _rows(
     sequence: Sequence, guesses: List[tuple[int, float]], unknown: int = 0
 ) -> list[tuple[float, Sequence, int]]:
-    """Returns the guesses after the first `unknown` ones, which stand for tokens that steps under
-    way compute. Each has the chance that it and all guesses before it are right."""
+    """Returns the guesses without the first `unknown` ones, because steps under way compute those
+    tokens. Each guess has the chance that it and all guesses before it are right."""
     rows, chance = [], 1.0
     for i, (token, of_token) in enumerate(guesses):
         chance *= of_token

@@ -36,9 +36,10 @@ from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.transformer import Transformer
 
-# The most prompt tokens in a pass while other sequences generate. On a GPU a pass over so many
-# tokens takes about as long as a decode step. On a CPU it may take a few times as long, so there
-# `Pace` adapts the number. It begins with this number, and never chooses a smaller one.
+# The most prompt tokens in a pass while other sequences generate, so that these need not wait long.
+# On a GPU a pass over so many tokens takes about as long as a decode step. On a CPU it may take a
+# few times as long, so there `Pace` adapts the number. It begins with this number, and never
+# chooses a smaller one.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
 # The interval at which a thread that waits for the end of a step checks whether its work is done.
@@ -72,8 +73,8 @@ class Engine:
         drafts: the most tokens to guess at a time (see the module `drafts`), for requests that set
             no number. None: 7 on the CPU or with a draft model, else 0.
         draft_model: a model that guesses tokens where the text does not repeat itself. It must be
-            on the same device, and have a row for each id that may be sampled. None: there is no
-            draft model.
+            on the same device, and have embeddings and logits for each id that may be sampled.
+            None: there is no draft model.
 
     Attributes:
         pool: cache memory.
@@ -337,7 +338,7 @@ class Outputs(Iterator[Output]):
     def __init__(self, engine: Engine) -> None:
         self.request_ids: list[int] = []
         self._engine = engine
-        self._open: dict[int, deque[Output]] = {}  # request id -> outputs that were not given yet
+        self._open: dict[int, deque[Output]] = {}  # by request id, outputs not given yet
 
     def add(self, request: Request) -> None:
         """Adds a request. From then on the iterator also gives its outputs. Raises the errors of

@@ -36,13 +36,13 @@ class _Choice(Enum):
 class GraphRunner(Runner):
     """Queues decode steps on a CUDA device. `launch` does not wait for their results.
 
-    There is a graph for each number of tokens and each way to choose them, with and without biases,
-    and with and without adapters. These make up the *kind* of a step. The second step of a kind
-    captures its graph. A graph is kept as long as the runner. But graphs with adapters read the
-    stacks that hold the weights of adapters (see `model.adapters`), so they are dropped when a
-    stack is made, replaced or removed. If there were graphs only for some numbers of tokens,
-    batches would have to be padded, which would slow their steps. A capture takes about as long as
-    one step that Python launches.
+    There is a graph for each *kind* of step. A kind is a number of tokens, a way to choose them,
+    with or without biases, and with or without adapters. Graphs for only some numbers of tokens
+    would need padded batches, which would slow their steps. The second step of a kind captures its
+    graph, which takes about as long as one step that Python launches.
+
+    The runner keeps its graphs. Only graphs with adapters are dropped when a stack of adapters'
+    weights (see `model.adapters`) is made, replaced or removed, because they read these stacks.
 
     A graph treats a draft as a sequence of its own, which shares the ring of the sequence that it
     belongs to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its
@@ -181,7 +181,7 @@ class _CapturedStep:
 
     def follow(self, last: _CapturedStep) -> None:
         """Takes over the rows, tokens, sequences and adapters of the last step. The last step may
-        be of another kind, because steps begin to add biases when the first completion has one."""
+        be of another kind: if a new completion has a bias, all later steps add biases."""
         if last is not self:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)
