@@ -36,8 +36,8 @@ def default_slots(
             whose memory the system counts as available although it is in use.
         loaded: whether the weights are already on the device. If so, the free memory that a GPU
             reports does not include theirs.
-        token_bytes: the bytes of the cache for each token, for instance with the cache of a draft
-            model. None: the bytes for this model alone.
+        token_bytes: the bytes that a token takes in the cache, and in that of a draft model if
+            there is one. None: there is no draft model.
     """
     wanted = max_batch * slots_needed(config.sliding_window, config.max_positions)
     if device.type == "cuda":
@@ -45,8 +45,8 @@ def default_slots(
         available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    # The cache has room for LEAST_CACHE_TOKENS even if memory is short. On the CPU its pages take
-    # memory only once tokens are stored in them.
+    # LEAST_CACHE_TOKENS are allowed even if memory is short, because a request that is larger than
+    # the cache is refused. On the CPU the cache takes memory only once tokens are stored in it.
     room = int(available / (token_bytes or config.cache_bytes(dtype)))
     return min(wanted, max(LEAST_CACHE_TOKENS, room))
 

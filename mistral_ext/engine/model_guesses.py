@@ -1,4 +1,8 @@
-"""Decides how many guesses of a draft model are worth their time."""
+"""Decides how many guesses of a draft model are worth their time.
+
+A draft model is a smaller model that guesses the next tokens of sequences. One pass of the main
+model then checks the guesses. Each token that a pass reads is a *row* of the pass.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,8 @@ class ModelGuesses:
 
     Args:
         model: the draft model.
-        share: the time of a pass of the draft model, relative to a pass that checks guesses. It is
-            used until times have been measured.
+        share: an estimate of the time of a pass of the draft model, as a share of the time of a
+            pass that checks guesses. It is used until times have been measured.
 
     Attributes:
         costs: the costs of passes of the draft model.
@@ -51,7 +55,8 @@ class ModelGuesses:
         return self._is_worth(_Plan(plain, plain), dict.fromkeys(asking, 1.0))
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Calls `DraftModel.prepare`."""
+        """Lets the draft model read the tokens of some sequences. Returns the sequences for which
+        it can guess now."""
         return self._model.prepare(sequences)
 
     def guess(
@@ -59,7 +64,8 @@ class ModelGuesses:
     ) -> dict[Sequence, list[tuple[int, float]]]:
         """Guesses tokens of sequences that `prepare` has returned. Each guess comes with the chance
         that it is right if all guesses before it are right. A sequence that has to match a grammar
-        gets at most one guess (see `DraftModel.guess`).
+        gets at most one guess, because the sampler knows only which tokens the grammar allows next,
+        not which it allows after a guess.
 
         Args:
             plain: the number of rows of the pass without guesses.
@@ -110,8 +116,8 @@ class ModelGuesses:
         return (plan.expected + more) * now > LEAST_ADVANTAGE * plan.expected * then
 
     def _take_cost(self, plan: _Plan, plain: int, sequences: Collection[Sequence]) -> None:
-        """Subtracts the time of the guesses from the gains of the sequences. The time is counted in
-        tokens that could have been generated in it."""
+        """Subtracts the time of the guesses from the gains of the sequences (`Proposer.gain`). The
+        time is counted in tokens that could have been generated in it."""
         for sequence in sequences:
             cost = plain * plan.seconds / self._pass_seconds(plain)
             sequence.proposer.gain -= cost / len(sequences)

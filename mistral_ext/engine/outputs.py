@@ -1,4 +1,5 @@
-"""Gives the outputs of many requests. The engine gets only a few of the requests at a time."""
+"""Gives the outputs of many requests. The engine gets only a few of the requests at a time, because
+each output costs it a search among the requests that it has."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from itertools import islice
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.request import Output, Request
 
-# The number of requests that `outputs_of` gives the engine at a time. More would not fill passes
-# better.
+# The number of requests that the engine gets at a time. Even if prompts are short, so many fill a
+# pass.
 _UNDER_WAY = 64
 
 

@@ -6,7 +6,7 @@ with a decode step after each part. The parts change no bit of the result, becau
 sees all tokens of the pass.
 
 A pass with more tokens costs less for each token, because it unpacks the weights once for all of
-them. So passes get more tokens as long as `_LAYERS_TO_SPARE` layers fit into the time of a part.
+them. So passes get more and more tokens, as long as a part still has room for a few layers.
 
 If more sequences wait for their prompts than generate, prompts get more than half of the time.
 Otherwise one sequence that generates would hold back all that wait.
@@ -14,11 +14,10 @@ Otherwise one sequence that generates would hold back all that wait.
 
 from __future__ import annotations
 
-# A part of a pass may take up to this many times as long as a decode step if more sequences wait
-# for their prompts than generate. Otherwise a part may take as long as one decode step, so that the
-# time between two tokens of a sequence at most doubles. The lengths come from times measured before
-# and are sometimes wrong, so now and then that time triples. A part has at least one layer, even if
-# that takes longer.
+# A part may take as long as one decode step, or up to this many if more sequences wait for their
+# prompts than generate. A part of one decode step at most doubles the time between two tokens of a
+# sequence. Now and then a part takes longer than planned, because its time is predicted from that
+# of earlier parts. A part has at least one layer, even if that takes longer.
 _MOST_STEPS = 4.0
 
 # A pass gets twice as many tokens as the last one only if this many layers of the last one fit into
@@ -38,7 +37,8 @@ class Pace:
         least, most: bounds of the number of tokens of a pass.
 
     Attributes:
-        tokens: the most tokens of a pass whose parts take as long as a decode step.
+        tokens: the most tokens of a pass if a part may take as long as one decode step. If parts
+            may take longer, a pass may have more (`most_tokens`).
     """
 
     def __init__(self, layers: int, least: int, most: int) -> None:

@@ -1,7 +1,7 @@
 """The options of a completion: how to choose tokens, and when to stop.
 
-This module does not import torch, because that takes seconds, and the command line checks options
-before it does so.
+This module does not import torch, because that takes seconds. So the command line can report a
+wrong option at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from mistral_ext.text.constraint import Constraint, schema_text
 
-# The most drafts (guessed tokens) that a pass checks for one completion. With the next token they
-# make 8 rows, the most that the kernels for few tokens (gemv) take.
+# The most drafts (guessed tokens) that a pass checks for one completion. The pass also reads the
+# token before them. That makes 8 tokens, the most that the kernels for few tokens (gemv) take.
 MOST_DRAFTS = 7
 
 
@@ -54,8 +54,8 @@ class SamplingParams:
     schema: object = None  # a JSON schema: a dict, JSON text or a pydantic model
     regex: str | None = None  # a regular expression, in the syntax of Rust's regex
     grammar: str | None = None  # a grammar, in the syntax of Lark
-    # [0, 7]: the most tokens to guess at a time. On the CPU this changes only the speed (see
-    # `engine.drafts`). None: the number with which the model was loaded.
+    # [0, 7]: the most tokens to guess at a time. This changes the speed, and on a GPU perhaps the
+    # text (see `engine.drafts`). None: the number with which the model was loaded.
     drafts: int | None = None
 
     @classmethod
@@ -122,8 +122,8 @@ class SamplingParams:
                 raise ValueError(f"logit_bias has token id {token_id}, expected the id of a token")
 
     def _check_constraints(self) -> None:
-        """Raises TypeError or ValueError unless all constraints are texts, and at most one is
-        given."""
+        """Raises TypeError or ValueError if a constraint is no text or too large, or if more than
+        one is given."""
         given = [x for x in ("schema", "regex", "grammar") if getattr(self, x) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given, expected one of them")
@@ -140,7 +140,7 @@ class SamplingParams:
 
 
 def expect_drafts(drafts: object) -> None:
-    """Raises TypeError or ValueError unless `drafts` is a number of tokens to guess."""
+    """Raises TypeError or ValueError unless `drafts` is an integer from 0 to `MOST_DRAFTS`."""
     if isinstance(drafts, bool) or not isinstance(drafts, Integral):
         raise TypeError(f"drafts is {drafts!r}, expected an integer from 0 to {MOST_DRAFTS}")
     if not 0 <= int(drafts) <= MOST_DRAFTS:

@@ -1,13 +1,13 @@
 """Measures what passes over the weights cost, by their number of rows.
 
-Each token that a pass reads is a row, such as the last token of a sequence, or a draft (see
-`drafts`).
+Each token that a pass reads is a row, such as the last token of a sequence, or a draft (a guess of
+a later token). The costs tell `drafts` and `model_guesses` how many guesses are worth their time.
 """
 
 from __future__ import annotations
 
-# Up to this many rows, a pass on the CPU gives each row the same bits as a pass of one row (see
-# `ops.linear`).
+# The most rows of a pass with guesses. Up to this many rows, a pass on the CPU gives each row the
+# same bits as a pass of one row (see `ops.linear`). So guesses change no text there.
 MOST_ROWS = 8
 
 # More guesses are made only if they raise the expected tokens per second by at least this factor.

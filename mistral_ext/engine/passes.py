@@ -111,10 +111,12 @@ class Passes:
         waits for the tokens of the oldest step.
 
         While steps are under way, the next step continues on the device from the tokens of the last
-        step. It cannot do so if the sequences or their extents have changed, if a sequence reads
-        known tokens again, or if the step should have drafts, which must follow known tokens. In
-        these cases this call only reads the tokens of all steps under way, and a later call
-        launches the next step.
+        step. It cannot do so if
+        - the sequences or their extents have changed,
+        - a sequence that was put back reads its generated tokens again, or
+        - the step should have drafts, which must follow known tokens.
+        Then this call only reads the tokens of all steps under way, and a later call launches the
+        next step.
         """
         with self._lock:
             sequences = self._scheduler.next_decode()
@@ -137,8 +139,8 @@ class Passes:
             if sequence.generates:
                 self._prepare_draw(sequence)
         drafts = {} if self._under_way else self._drafts(sequences)
-        # The time of the guesses above does not count: the first guess for a long text takes as
-        # long as a pass.
+        # The time of the step is measured from here on, without the guesses above: the first guess
+        # for a long text takes as long as a pass.
         began = time.perf_counter()
         accepted = dict.fromkeys(drafts, 0)
         if drafts:
@@ -151,9 +153,9 @@ class Passes:
         self.drafter.note(len(sequences), seconds, drafts, accepted)
 
     def _drafts(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
-        """Chooses the drafts of the next step. While steps are under way, their tokens are unknown,
-        so drafts cannot be checked. If the result is not empty then, the next step should wait
-        until the tokens are known."""
+        """Chooses the drafts of the next step. Drafts can follow only known tokens. So if steps are
+        under way, a result that is not empty only says that the next step should wait until their
+        tokens are known."""
         unknown = len(self._under_way)
         room = [room_for_drafts(s, self._pool, self._most_drafts, unknown) for s in sequences]
         return self.drafter.choose(sequences, room, unknown)

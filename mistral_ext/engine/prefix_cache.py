@@ -1,11 +1,14 @@
 """Keeps the keys and values of ended requests, for requests that begin with the same tokens.
 
-Prompts with the same beginning have the same keys and values there (to the bit on the CPU), however
-the prompts are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning
-that it shares with an earlier prompt. Other kernels compute the keys and values of generated
-tokens, which therefore differ in their last bits. So a request reuses generated tokens only if it
-asks for that (`Request.reuse_completions`). Requests share keys and values only if they have the
-same salt and adapter.
+If two prompts begin with the same tokens, these tokens have the same keys and values (on the CPU to
+the bit), however the prompts are cut into pieces (see `scheduler`). So the longest beginning that a
+prompt shares with an earlier one need not be read again.
+
+Generated tokens get their keys and values from other kernels, which round differently. So a request
+reuses generated tokens only if it asks for that (`Request.reuse_completions`).
+
+Requests share keys and values only if they have the same adapter, and the same salt, a text that
+keeps the clients of a server apart.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from dataclasses import dataclass
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool
 
-# The least number of tokens in a piece of a prompt, unless the whole prompt is shorter. Other
-# kernels compute smaller pieces and round differently: gemv takes up to 8 tokens, and the kernel of
-# attention for decode steps up to 16 rows (a row is one token in one query head).
+# The least number of tokens in a piece of a prompt, unless the whole prompt is shorter. So the same
+# kernels compute all pieces. Smaller ones could get the kernels of decode steps, which round
+# differently: gemv takes up to 8 tokens, and attention on the CPU has a kernel for up to 16.
 LEAST_PIECE = 32
 
 
@@ -29,10 +32,12 @@ class Match:
     Attributes:
         extent: the extent that holds the beginning, perhaps with more tokens after it.
         length: the number of tokens of the beginning, which need not be read.
-        exact: how many of these tokens are exact (see `Sequence.exact`).
+        exact: how many of these tokens are exact: their keys and values are exactly those that
+            every prompt with this beginning has (see `Sequence.exact`).
         is_kept: whether the extent belongs to the prefix cache, and not to a running sequence.
-        is_all: whether the prompt begins with all tokens of the extent that the new request may
-            reuse.
+        is_all: whether the prompt begins with all tokens of the extent that the request may reuse.
+            Then the request gets the extent itself, if it is a kept one. Otherwise it gets a copy
+            if there is room, and the extent stays for others.
     """
 
     extent: Extent
@@ -66,8 +71,9 @@ class PrefixCache:
         return len(self._entries)
 
     def keep(self, sequence: Sequence) -> None:
-        """Takes over the extent of a sequence that has ended. Releases the extent if no later
-        request could reuse it."""
+        """Takes over the extent of a sequence that has ended. Releases the extent instead if the
+        request asked for results of its prompt, and a request like it would reuse fewer than
+        `LEAST_PIECE` tokens (see `shareable_length`)."""
         extent, request = sequence.place, sequence.request
         is_of_use = shareable_length(sequence) >= LEAST_PIECE or not request.reports_prompt
         if is_of_use:
@@ -177,7 +183,8 @@ def shareable_length(sequence: Sequence) -> int:
     """The most tokens at the beginning of a prompt that need not be read if the cache has them.
 
     At least the last `LEAST_PIECE` tokens are read, because other kernels would compute fewer.
-    Tokens whose results are requested are read too, and so is all of a prompt with a `chunk`.
+    Tokens whose results are requested are read too. If a request sets `chunk`, its whole prompt is
+    read, in just these chunks.
     """
     request = sequence.request
     if request.chunk is not None:

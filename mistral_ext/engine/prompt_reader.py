@@ -81,8 +81,8 @@ class PromptReader:
             self.pace.note_read(whole, time.perf_counter() - began)
         if reading.layers_left:
             if self._paused is None:
-                # In some layers, new tokens have already taken the slots of older tokens. This note
-                # keeps the prefix cache from copying the older tokens.
+                # In the layers that are done, new tokens may have taken the slots of older tokens.
+                # So the pool is told now, and the prefix cache does not copy the older tokens.
                 for sequence, count in pieces:
                     self._pool.note_drafts(sequence.place, count - 1)
             self._paused = paused
@@ -106,9 +106,9 @@ class PromptReader:
         self._paused = None
 
     def forget_if_lost(self) -> None:
-        """Forgets the paused pass if one of its sequences was put back. Then puts back the pass's
-        other sequences too, because their pieces must be read again, and the pass may have replaced
-        keys that these pieces see."""
+        """Forgets the paused pass if one of its sequences was put back, and puts back the others
+        too. Their pieces cannot simply be read again: in some layers the pass may have stored their
+        tokens in the slots of older ones that the pieces see."""
         if self._paused is None:
             return
         placed = zip(self.paused, self._paused.extents, strict=True)

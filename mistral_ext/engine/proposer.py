@@ -19,7 +19,7 @@ from mistral_ext.engine.state_guesses import STATES, StateGuesses
 if TYPE_CHECKING:
     from mistral_ext.text.grammar import Matcher
 
-# The most tokens of a match that count. A match is a repetition of earlier tokens by the last ones.
+# The last tokens of a text may match earlier ones. A longer match counts as one of this length.
 _MOST_MATCHING = 8
 
 # Guesses have kinds. For each kind, this is the share of right guesses that is expected before any
@@ -32,8 +32,9 @@ _EXPECTED = (
     0.95,
     # A draft model guesses. There is a kind for each quarter in which its probability may lie.
     *(0.3, 0.5, 0.7, 0.9),
-    # The kinds of `StateGuesses`: four for a guess by the last 3 states, four by 2, four by 1. The
-    # four are for runs of 0 to 3.
+    # `StateGuesses` guesses by the last 3, 2 or 1 states of the grammar. Each has four
+    # kinds: the token has just changed, or has followed these states 1, 2, or 3 or more times in a
+    # row.
     *(0.2, 0.4, 0.7, 0.9, 0.2, 0.4, 0.7, 0.9, 0.1, 0.2, 0.4, 0.5),
 )
 _EXPECTED_WEIGHT = 4.0
@@ -49,8 +50,8 @@ _LEAST_CHANCE = 0.1
 # The number of tokens that a GPU could have generated while it waits for the host.
 _COST_OF_A_WAIT = 0.1
 
-# The gain is at most this many tokens. So a sequence that has gained much by drafts cannot lose
-# much more by later drafts.
+# The gain is at most this many tokens. A sequence whose gain is too low gets no more drafts (see
+# `drafts`). With this limit wrong drafts end soon, however much earlier drafts have gained.
 _MOST_GAIN = 4.0
 
 
@@ -75,7 +76,7 @@ class Proposer:
         self._states: StateGuesses | None = None
         # The last proposed tokens, each with its kind, which is an index into _EXPECTED.
         self._proposed: list[tuple[int, int]] = []
-        self._begin = 0  # the position that the first proposed token may have
+        self._begin = 0  # the position for which the first of them was proposed
         self._right = [share * _EXPECTED_WEIGHT for share in _EXPECTED]
         self._checked = [_EXPECTED_WEIGHT] * len(_EXPECTED)
 

@@ -20,7 +20,8 @@ from mistral_ext.ops.recording import Recording, record
 
 
 class RecordedSteps:
-    """Makes steps for the next tokens of sequences. Each token has a row of the sequence table.
+    """Makes steps for the next tokens of sequences. Each token has a row of the sequence table. The
+    row says where its sequence is in the cache (see `mistral_ext.ops`).
 
     Only steps of up to `MOST_ROWS` tokens without adapters are recorded. The kernels of larger
     steps take much longer than Python does, and a recording keeps the memory that they use.
@@ -37,9 +38,9 @@ class RecordedSteps:
 
     @torch.inference_mode()
     def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> tuple[Tensor, bool]:
-        """Returns the result of `Transformer.step`, and whether later calls with as many tokens
-        take as long. This is False if the call recorded the step. The next call with as many tokens
-        may overwrite the result.
+        """Makes a step. Returns the result of `Transformer.step`, which the next call with as many
+        tokens may overwrite. Also returns whether that call takes about as long as this one: False
+        if this call recorded the step.
 
         Args:
             token_ids: [T] int64.
@@ -83,8 +84,9 @@ class _Step:
         if not self._can_record:
             self._step()
             return self._h, True
-        # The old recording has to go even if `record` is interrupted. It would become valid again
-        # when its kernels are selected again, but `_h` may then be the result of a later step.
+        # The old recording has to go first, because Ctrl-C may interrupt `record`. If its kernels
+        # were then selected again, it would be valid again. But it does not write to the `_h` that
+        # the interrupted step has made.
         self._recording = None
         self._recording = record(self._step, [self._token_ids])
         self._can_record = self._recording is not None

@@ -23,8 +23,8 @@ class Place(NamedTuple):
         source: the position of the token after the match. This token may follow next.
         matching: the number of tokens before `source` that are the same as the last tokens of the
             text. 0: there is no match.
-        left: the position after the last match of at least two tokens that has ended. -1: no such
-            match has ended.
+        left: where the latest match of two or more tokens ended: the position after its last
+            token in the earlier text. -1: no such match has ended.
     """
 
     source: int = 0
@@ -74,15 +74,16 @@ class Repeats:
         return self._place
 
     def token(self, place: Place, guesses: List[int]) -> int | None:
-        """Returns the token that may follow the text and some guesses. `place` is the place for the
-        text with the guesses. Returns None if it has no match."""
+        """Returns the token that may follow the text and some guesses. `place` is the place of the
+        text with these guesses. Returns None if the place has no match."""
         if not place.matching:
             return None
         past = place.source - len(self._ids)
         return self._ids[place.source] if past < 0 else guesses[past]
 
     def moved(self, place: Place, guesses: List[int]) -> Place:
-        """Returns the place after the last guess, given the place before this guess."""
+        """Returns the place of the text with some guesses. `place` is the place of the text without
+        the last guess."""
         last = [*self._ids[-2:], *guesses][-3:]
         before = self.token(place, guesses)
         return self._moved(place, last, -1 if before is None else before, len(self._ids))
@@ -93,9 +94,9 @@ class Repeats:
         Args:
             place: the place before the new token.
             last: the last tokens, up to three. The new token is last[-1].
-            expected: the token at `place.source`, which the new token may repeat or not. -1: there
-                is none.
-            end: the position after the earlier text, in which a match may be found.
+            expected: the token at `place.source`. The match goes on if the new token is the same.
+                -1: there is no match.
+            end: the number of tokens of the text before the new token, without guesses.
         """
         source, matching, left = place
         if matching and expected == last[-1]:

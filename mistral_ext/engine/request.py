@@ -75,12 +75,13 @@ class Request:
         prompt_logits: whether to give the logits that follow tokens of the prompt.
         logits_from: the index of the first prompt token whose logits or hidden state are given.
             Earlier tokens may come from the cache.
-        hidden: whether to give the hidden states of tokens of the prompt, after the last norm, and
-            not their logits.
+        hidden: whether to give hidden states (after the last norm) of tokens of the prompt, instead
+            of logits.
         chunk: the number of prompt tokens to read in each pass. The last pass may read fewer. No
             other prompt is read in these passes. None: the engine decides.
-        salt: any text. Cached prefixes serve only requests with the same salt. None: the request
-            shares prefixes with other requests without a salt.
+        salt: any text. Cached prefixes serve only requests with the same salt. So a client with a
+            salt of its own cannot learn from response times what others have asked. None: the
+            request shares prefixes with other requests without a salt.
         reuse_completions: whether to reuse also generated tokens in the cache, not only tokens of
             prompts. If True, the replies of a conversation need not be read again. But the keys and
             values of a generated token differ in their last bits from those of a prompt token, so
@@ -132,8 +133,10 @@ class Output:
     text: str = ""  # new text of the completion, which later tokens cannot change
     token_ids: list[int] = field(default_factory=list)  # the new tokens
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if requested
-    prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
-    hidden: Tensor | None = None  # [n, E] fp32, of the next n tokens of the prompt
+    # fp32, a row for each of the next n tokens of the prompt: logits [n, vocabulary size] or hidden
+    # states [n, model dimension], if requested.
+    prompt_logits: Tensor | None = None
+    hidden: Tensor | None = None
     finish_reason: str | None = None  # as in `Completion`
     error: Exception | None = None  # why the request failed
     # The whole completion. It is in the last output, if the request generates tokens.

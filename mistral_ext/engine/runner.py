@@ -50,8 +50,8 @@ class Step:
     Attributes:
         token_ids: a function that waits for the step and returns the N tokens that it sampled. A
             token is -1 if none could be chosen.
-        logits: [N, V] fp32, from which the tokens were sampled. They stay valid until more than
-            `Runner.ahead` later steps of N sequences have been launched.
+        logits: [N, V] fp32, from which the tokens were sampled. The next `Runner.ahead` steps of N
+            sequences leave them as they are. A later step may overwrite them.
         is_usual: whether later steps of this size take as long. False if this step had to be
             prepared, captured or recorded first.
     """
@@ -158,8 +158,8 @@ class Runner:
         sampler: chooses tokens, and has the options and state of the sequences.
 
     Attributes:
-        ahead: the number of decode steps that may be under way, with tokens that are not known yet,
-            when another step is launched.
+        ahead: how many earlier decode steps may still be under way, with unknown tokens, when the
+            next step is launched.
         pauses: whether passes over prompts pause while other sequences generate. It is False on a
             GPU, where calls return before their work is done, so the time of some layers cannot be
             measured.
@@ -294,7 +294,7 @@ def choose(
 
 
 def _slots(adapters: Sequence[int], device: torch.device) -> Tensor | None:
-    """Returns the adapters of a pass in the form that `Transformer.step` takes."""
+    """Makes a tensor of the tokens' adapters. Returns None if no token has an adapter."""
     if max(adapters, default=-1) < 0:
         return None
     return torch.tensor(adapters, dtype=torch.int32, device=device)

@@ -114,8 +114,9 @@ class Sampler:
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
 
     def follow(self, other: Sampler, rows: Sequence[int]) -> None:
-        """Copies the state of some completions from another sampler with as many rows and ids. If
-        no completion needs a draw (`needs_no_draw`), copies only this fact.
+        """Copies the state of some completions from another sampler with as many rows and ids. So
+        a draft model draws its guesses as the main model draws the tokens. If no completion needs a
+        draw (`needs_no_draw`), copies only this fact.
 
         Args:
             rows: the rows of the completions. They are the same in both samplers.
@@ -180,8 +181,8 @@ class Sampler:
             The N token ids.
 
         Raises:
-            ValueError: no token can be chosen, because a logit is NaN or all are -inf (also by
-                biases and restrictions).
+            ValueError: no token can be chosen. A logit is NaN, or all are -inf after biases and
+                restrictions.
         """
         token_ids = self.draw_now(rows, logits)
         if -1 in token_ids:

@@ -7,12 +7,14 @@ A request waits until there is a row of the sampler for it and room in the cache
 Then its prompt is read, piece by piece. Pieces may be smaller while other sequences generate, so
 that a long prompt delays them little. Prompts that are being read take turns.
 
-Prompts and generated tokens are read in separate passes, because kernels for few and for many
-tokens round differently. In a common pass the rest of the batch would decide which kernels a text
-gets. In a pass of at least `LEAST_PIECE` tokens, a token gets the same bits whatever the size of
-the pass. So a piece of a prompt has at least that many tokens, or is the whole prompt. (A request
-that sets `chunk` chooses the sizes of its pieces itself.) The bits are also the same in all passes
-of up to 8 generated tokens. A prompt of up to 8 tokens is read alone.
+Kernels for few and for many tokens round differently. But what else is in the batch should not
+decide which kernels a text gets. So
+- prompts and generated tokens are read in separate passes. On the CPU, a generated token gets the
+  same bits in all passes of up to 8 tokens.
+- a piece of a prompt has at least `LEAST_PIECE` tokens, or is the whole prompt. On the CPU, a token
+  gets the same bits in all passes of at least that many tokens. (A request that sets `chunk`
+  chooses the sizes of its pieces itself.)
+- a prompt of up to 8 tokens is read alone.
 
 When a sequence has to grow and there is no room, extents of ended requests are released first. If
 that is not enough, the sequence that came last is *put back*: it loses its extent and waits. Later
@@ -237,8 +239,8 @@ class Scheduler:
         has it. Returns the extent (None: there is no room), and the number of its tokens that are
         exact (see `Sequence.exact`)."""
         most = self._needed(sequence)
-        # A sequence that was put back gets all slots that it can need, so it does not have to grow.
-        # For want of room it is put back again only if a sequence that came earlier grows.
+        # A sequence that was put back gets all slots that it can need at once. So it never has to
+        # grow, and is put back for want of room only if a sequence that came earlier grows.
         length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
         match = self.prefixes.find(sequence, self.running())
         extent = self.prefixes.extent(match, length, most)
@@ -256,13 +258,13 @@ def _is_read_alone(sequence: Sequence) -> bool:
 
 
 def _goes_on(sequence: Sequence) -> bool:
-    """Whether the sequence needs another token after those that steps under way compute. Tokens
-    under way may still end it."""
+    """Whether the sequence needs another decode step, as far as is known: a token that a step under
+    way computes may still end it. `place.length` already counts the steps under way."""
     return sequence.is_open and sequence.place.length + 1 < sequence.request.max_length
 
 
 def _piece(unread: int, budget: int) -> int:
-    """The number of tokens of a prompt to read next. Neither this piece nor the rest of the prompt
-    may have fewer than LEAST_PIECE tokens, so the piece may exceed the budget a little."""
+    """The number of tokens of a prompt to read next. No prompt is cut into pieces of fewer than
+    LEAST_PIECE tokens, so this piece may exceed the budget a little."""
     count = min(budget, unread - LEAST_PIECE)
     return count if count >= LEAST_PIECE and unread > budget else unread
