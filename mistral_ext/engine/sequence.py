@@ -21,8 +21,8 @@ class Sequence:
     Args:
         request_id: the id that the engine gave to the request. Later requests have larger ids.
         request: the request, as the engine got it.
-        vocab_size: number of ids that may be sampled.
-        holes: ids below vocab_size that no token has, and that are never sampled.
+        vocab_size: the ids below this may be sampled, except `holes`.
+        holes: ids below vocab_size that no token has.
 
     Attributes:
         ids: the tokens of the prompt, then the generated tokens.
@@ -30,13 +30,16 @@ class Sequence:
         extent: the sequence's slots of the cache. None: the sequence waits, or has ended.
         row: the sequence's row of the sampler. None: the sequence waits, has ended, or generates
             nothing.
-        exact: the number of tokens at the beginning of the extent whose keys and values are exactly
-            those that any prompt with the same beginning has. Tokens of a prompt count, but not
-            generated tokens and tokens after them. Prompts with a `Request.chunk`, or of fewer than
-            `LEAST_PIECE` tokens, do not count either.
-        reported: the number of prompt tokens that need no result any more, because the result was
-            given or is not requested.
-        is_drawing: whether the sampler's row has the options and state of this sequence.
+        exact: the number of tokens at the beginning of the extent that any prompt with the same
+            beginning may reuse, because it would get the same keys and values (to the bit on the
+            CPU). The count ends before the first token that a decode step has read, because decode
+            steps use other kernels, which round differently. So do small pieces of a prompt: for a
+            prompt with a `Request.chunk`, or of fewer than `prefix_cache.LEAST_PIECE` tokens, the
+            number is 0.
+        reported: the number of prompt tokens whose logits or hidden states were given already, or
+            are not requested.
+        is_drawing: whether the sampler's row already has the options and state of this sequence. If
+            not, it gets them before the next draw.
         was_put_back: whether the sequence ran before and lost its place in the cache.
         finish_reason: why the sequence has ended. None: it has not ended.
         is_aborted: whether the request was aborted, so that nobody waits for its outputs.
@@ -103,7 +106,8 @@ class Sequence:
 
     @property
     def next_id(self) -> int:
-        """The token that the next decode step reads. Its id must be known."""
+        """The token that the next decode step reads. A step under way must not still be computing
+        it."""
         return self.ids[self.place.length]
 
     @property
@@ -114,7 +118,8 @@ class Sequence:
 
     @property
     def is_open(self) -> bool:
-        """Whether the sequence continues, as far as its known tokens tell."""
+        """Whether the sequence has neither ended nor been aborted. A step under way may still
+        compute a token that ends it."""
         return self.finish_reason is None and not self.is_aborted
 
     def note_read(self, count: int) -> None:
@@ -135,8 +140,8 @@ class Sequence:
         return Output(self.request_id, prompt_logits=results)
 
     def accept(self, token_id: int, logits: torch.Tensor) -> Output:
-        """Appends the next token, which was sampled from `logits` [V or more]. Returns the output
-        of the request for this token."""
+        """Appends the next token, which was sampled from the first `vocab_size` of `logits`.
+        Returns the output of the request for this token."""
         self._last = time.perf_counter()
         if len(self.ids) == self.prompt_length:
             self._first = self._last

@@ -13,10 +13,11 @@ read in chunks. A chunk of two tokens, 6 and 7, takes slots 2 and 3. But query 6
 3, so token 7 is stored only when attention is done (csrc/ring.h has the rule). If a chunk is longer
 than the ring, only its last C tokens are stored.
 
-In this pool a ring has more slots than the window. The additional slots are its *slack*. If the
-slack is n slots, the last n tokens can be taken back (`rewind`), and the next query still finds all
-keys that it sees. This serves a later prompt that shares only the beginning of the tokens. Drafts
-(`drafts`) are stored in the slack too, so a wrong draft replaces no key that is still seen.
+A ring of this pool has more slots than the window needs. The additional slots are its *slack*. If
+the slack is n slots, the last n tokens can be taken back (`rewind`), and the next query still finds
+all keys that it sees. So a later prompt that shares only the beginning of the tokens can reuse the
+extent (engine/prefix_cache.py). Drafts, which are guesses of the next tokens (engine/drafts.py),
+are stored in the slack too, so a wrong draft replaces no key that is still seen.
 
 An extent begins small. When it is full, it gets twice as many slots, and its tokens are copied to
 them. It grows up to the most slots that its sequence can need. With a window these are the window
@@ -36,7 +37,7 @@ from torch import Tensor
 from mistral_ext.model.config import MistralConfig
 
 # The slack of a ring is 1/8 of the window, but not less than _LEAST_SLACK slots and not more than
-# _MOST_SLACK.
+# _MOST_SLACK. A larger slack lets more tokens be taken back, but takes more memory.
 _LEAST_SLACK, _MOST_SLACK = 64, 512
 
 # The size of an extent is rounded up to a multiple of this many slots, but not past the most that
@@ -175,8 +176,8 @@ class SlotPool:
         """The sequence table of a call that stores new tokens: see `mistral_ext.ops`.
 
         Args:
-            counts: extent -> number of its new tokens, in the order in which the tokens are packed.
-                Every extent has room for its new tokens.
+            counts: the number of new tokens of each extent, in the order in which the tokens are
+                packed. Every extent has room for its new tokens.
 
         Returns:
             [S, 5] int64 on the CPU, for S sequences.
@@ -189,8 +190,9 @@ class SlotPool:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def draft_table(self, extents: Sequence[Extent], counts: Sequence[int]) -> Tensor:
-        """The sequence table of a decode step with drafts. Each token has its own row, so on the
-        CPU attention gives it the same bits as a step with one token.
+        """The sequence table of a decode step with drafts. It has a row for each token, not for
+        each sequence, so that attention on the CPU gives each token the same bits as a step with
+        one token.
 
         Args:
             extents: the extents of the sequences.
@@ -221,9 +223,9 @@ class SlotPool:
         extent.oldest = max(extent.oldest, extent.length - extent.capacity)
 
     def room_for_drafts(self, extent: Extent) -> int:
-        """The number of drafts that may be stored after the next token, before any of these tokens
-        attends. The extent does not grow for drafts, and no draft may take a slot that the next
-        token sees."""
+        """The most drafts that a step may read after the next token. The step stores all of these
+        tokens before attention, so no draft may take a slot that the next token sees. The extent
+        does not grow for drafts."""
         unused = extent.capacity - extent.length - 1
         unseen = 0 if self.window is None else extent.capacity - self.window
         return max(0, unused, unseen)

@@ -1,5 +1,5 @@
-"""Guesses the next token from the state of a grammar. The guess is the token that the same text had
-when it was in this state before.
+"""Guesses the next token from the state of a grammar, as a draft (engine/proposer.py). The guess is
+the token that the same text had when it was in this state before.
 
 Most grammars allow several ways to write white space and to end a value. A text mostly keeps to the
 way that it chose first.
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence as List
 
 STATES = 3  # the most states that are compared: the current state and the two before it
-# A run is the number of times in a row that the same token followed. Longer runs count as this.
+# A run is the number of times in a row that the same states were followed by the same token. Runs
+# above _MOST_RUN count as _MOST_RUN.
 _MOST_RUN = 3
 
 
@@ -29,9 +30,9 @@ class StateGuesses:
         # The index of the first token that has to match the grammar.
         self._begin = len(ids) - len(states) + 1
         self._noted = 0
-        # Last states -> (the token that followed them the last time, its run). The run is 0 if
-        # another token followed the time before, because a token that changes is probably content,
-        # not form.
+        # For the last states, 1 to STATES of them: the token that followed them the last time, and
+        # its run. The run is 0 if another token followed the time before, because a token that
+        # changes is probably content, not form.
         self._after: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def update(self) -> None:
@@ -47,7 +48,8 @@ class StateGuesses:
     def guesses(self, states: List[int]) -> Iterator[tuple[int, int]]:
         """Yields (kind, token) for tokens that may follow. Looks up all of the given states first,
         then the last ones of them, down to the current state alone. There is a kind for each number
-        of states and each run.
+        of states and each run, because `Proposer` counts for each kind how often its guesses are
+        right.
 
         Args:
             states: the last states, at most `STATES`. The current state is the last of them.

@@ -6,10 +6,10 @@ models have the same most likely token; and both perplexities. Both models read 
 pieces of the same size.
 
 CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as in
-generation. But some CPUs do so only for up to 8 tokens: x86 CPUs without VNNI for weights in
-`iq4_nl` and `iq4_xs`, and CPUs with AMX for activations in bf16. On these CPUs, pass chunk=8 to
-measure what generated tokens get. To measure the loss by the weights alone on any CPU, call
-`ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
+generation. Two kinds of CPUs round them only if they read up to 8 tokens at once: x86 CPUs without
+VNNI (for weights in `iq4_nl` and `iq4_xs`), and CPUs with AMX (for activations in bf16). On these
+CPUs, pass chunk=8 to measure what generated tokens get. To measure the loss by the weights alone on
+any CPU, call `ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ def harness_model(llm: Mistral, progress: bool = True, adapter: str | None = Non
 class HarnessModel:
     """A model with the methods that the harness calls.
 
-    Texts are encoded as in the harness' Hugging Face model: control tokens that a text spells out
-    become control tokens. A conversation in the chat template has the tokens of `Mistral.chat`.
+    A control token that a text spells out, such as </s>, is encoded as this token, as in the
+    harness' Hugging Face model. A conversation is encoded as `Mistral.chat` encodes it.
 
     Args:
         llm: the model.
@@ -186,8 +186,8 @@ class HarnessModel:
 
         Args:
             string: the text.
-            add_special_tokens: whether the ids begin with <s>. None: they begin with <s> if the
-                model's texts do, unless the text spells out <s> itself.
+            add_special_tokens: whether to put `Tokenizer.start` (<s>, or nothing) before the ids of
+                the text. None: it is put there, except if the text itself begins with "<s>".
         """
         if string in self._chats:
             return self._chats[string]
@@ -222,9 +222,10 @@ class HarnessModel:
     ) -> list[float]:
         """The log-probability of whole texts. Each text begins with <s>, which is not predicted.
 
-        If the model has no window and a text has more tokens than the model has positions, the text
-        is cut into windows. Each window begins with the last token of the window before it. The
-        tokens of a window see no other tokens of earlier windows.
+        A model without a sliding window has a limited number of positions. If a text has more
+        tokens, it is cut into pieces, which the harness calls windows. Each piece begins with the
+        last token of the piece before it. The tokens of a piece see no other tokens of earlier
+        pieces.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 

@@ -193,7 +193,8 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The chance that at least one of k samples passes, for a problem with `passed` right samples
     out of `samples`.
 
-    This is the unbiased estimator of the paper, 1 - C(samples - passed, k) / C(samples, k).
+    This is the unbiased estimator of the paper, 1 - C(samples - passed, k) / C(samples, k), where
+    C(n, k) is the number of ways to choose k of n.
 
     Raises:
         ValueError: k is below 1 or above the number of samples.

@@ -43,7 +43,7 @@ def likelihoods(
         llm: the model.
         pairs: the token ids of contexts and of their continuations, at least one id of each. For a
             model without a window, a pair may have at most one token more than the model has
-            positions.
+            positions, because the last token is not read.
         progress: show a progress bar if stderr is a terminal.
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
@@ -83,7 +83,8 @@ def likelihoods(
 
 
 def outputs_of(llm: Mistral, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-    """Does what `engine.outputs.outputs_of` does, with the model's engine."""
+    """Yields the outputs of requests, each with the number of its request (see
+    `engine.outputs`)."""
     return outputs.outputs_of(llm.engine, requests)
 
 

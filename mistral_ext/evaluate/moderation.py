@@ -1,5 +1,5 @@
-"""Measures how well a model moderates. The model judges contents whose category is known, as
-`Mistral.moderate` has it judge them, and its judgements are compared with these categories."""
+"""Measures how well a model moderates: compares its judgements (`Mistral.moderate`) of contents
+with the known categories of these contents."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Confusion:
     """Counts how often the model gave each category to contents of each known category.
 
     Attributes:
-        counts: the number of contents for each pair (expected, found). `expected` is that of
-            `Case`. `found` is the model's category, one of `LABELS`.
+        counts: the number of contents for each pair of a known category (`Case.expected`) and the
+            category that the model found, one of `LABELS`.
     """
 
     counts: Mapping[tuple[str, str], int]
@@ -50,8 +50,8 @@ class Confusion:
         """Of the contents that the model found to be `label`, the share that really are `label`.
         Returns None if there are no such contents.
 
-        A content whose expected category is only `FLAGGED` does not count for a single category,
-        because its category is not known.
+        If `label` is a single category, contents that are known only as `FLAGGED` are left out,
+        because they may or may not belong to it.
         """
         unknown = 0 if label in (ACCEPTABLE, FLAGGED) else self.counts.get((FLAGGED, label), 0)
         return _share(self._both(label), self._count(found=label) - unknown)

@@ -126,9 +126,10 @@ def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
 
 
 def _percent(results: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """A metric in the harness' results for a task, and its standard error, in percent. In these
-    results a key is the name of a metric, a comma and the name of a filter. The first filter is the
-    task's own. The standard error is None if the harness does not give it."""
+    """A metric in the harness' results for a task, and its standard error, in percent. A key of
+    these results is the name of a metric, a comma and the name of a filter, which prepares the
+    model's answers for the metric. If a task has several filters, its first one counts. The
+    standard error is None if the harness does not give it."""
     for name, value in results.items():
         if name.split(",")[0] != metric:
             continue

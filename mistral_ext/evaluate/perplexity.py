@@ -55,7 +55,7 @@ def perplexity(
     progress: bool = True,
     adapter: str | None = None,
 ) -> Perplexity:
-    """Measures a model on texts. Passes read several texts together.
+    """Measures a model on texts. Several texts share a pass over the model's weights.
 
     Logits take up to llm.prefill_chunk * vocabulary * 4 bytes.
 

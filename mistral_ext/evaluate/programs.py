@@ -43,7 +43,7 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
 
     Returns:
         `PASSED` if the program ran to its end. Otherwise the reason: "failed: " and the name of the
-        exception; `OUT_OF_TIME` for a program that was killed, which need not be for its time; or
+        exception; `OUT_OF_TIME` for a program that was killed, by its time limit or otherwise; or
         `ENDED` for a program that ended the process in another way.
     """
     key = secrets.token_hex()

@@ -39,8 +39,8 @@ class Progress:
 
     Attributes:
         step: the number of finished steps.
-        best_loss: the lowest held-out loss that was measured after at least one step. None: no such
-            loss was measured.
+        best_loss: the lowest held-out loss so far. The loss before the first step does not count,
+            because the adapter does not change the model yet. None: there is none.
         without_gain: the number of evaluations since the evaluation with the lowest loss.
         evaluated: the number of steps that were finished at the last evaluation. -1: there was no
             evaluation.

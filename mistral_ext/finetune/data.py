@@ -119,9 +119,9 @@ class _Reader:
         return self._sample(ids, [0.0] + [1.0] * (len(ids) - 1))
 
     def _of_messages(self, messages: Any, tools: Any) -> Iterator[Sample]:
-        """Yields the samples of a conversation. Turns share a sample as long as the template writes
-        earlier turns in the same way when more turns follow. If it does not (it may, for instance,
-        move the system prompt to the last turn), a new sample begins."""
+        """Yields the samples of a conversation: a single one if possible. But a template may write
+        earlier turns in another way when more turns follow. (It may, for instance, move the system
+        prompt to the last turn.) Where it does, a new sample begins."""
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise TypeError(f"messages is {messages!r:.60}, expected a list of objects")
         factors = [_weight(message, f"messages[{i}]") for i, message in enumerate(messages)]

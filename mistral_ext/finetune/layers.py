@@ -89,8 +89,8 @@ class TrainedAdapter:
         }
 
     def of_layer(self, layer: int, group: str) -> list[Pair | None]:
-        """The matrices of each weight in a group (`GROUPS`) of a layer. None: the weight has no
-        update."""
+        """The matrices of each weight in a group of a layer. `model.adapters.GROUPS` has the
+        groups. None: the weight has no update."""
         return [self.pairs.get(f"layers.{layer}.{name}") for name in GROUPS[group]]
 
 
@@ -112,7 +112,8 @@ def loss(model: Transformer, adapter: TrainedAdapter, batch: Pass) -> Tensor:
     return summed
 
 
-# A function that multiplies an input by the weights of a group, whose name comes last.
+# Multiplies an input by the weights of a group. The arguments are the input, the weights, and the
+# name of the group (see `model.adapters.GROUPS`).
 Product = Callable[[Tensor, Weight | Weights, str], Tensor]
 
 

@@ -24,8 +24,9 @@ class Metrics:
 
     Args:
         folder: the folder of the run.
-        step, evaluated: as in the run's `checkpoints.Progress`. Lines of later steps and
-            evaluations are removed from the file, because a resumed run makes them again.
+        step, evaluated: the numbers of steps that were finished so far, and at the last evaluation
+            (`checkpoints.Progress`). Lines of later steps and evaluations are removed from the
+            file, because a resumed run makes them again.
         tensorboard: whether to write the metrics also for TensorBoard, into `folder`/tensorboard.
 
     Raises:

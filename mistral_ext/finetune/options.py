@@ -24,8 +24,8 @@ class TrainingOptions:
         epochs: the number of passes over the data.
         max_steps: the most steps of the run. The run ends after them even if the epochs have more
             steps. None: the run ends after the epochs.
-        batch_size: the number of samples in a step. The loss of a step is the mean over its tokens,
-            weighted by `weight` in the data, however the tokens are divided into passes.
+        batch_size: the number of samples in a step. The loss of a step is the mean over all its
+            tokens, weighted by `weight` in the data.
         tokens_per_pass: the most tokens that go through the model at once, and the most tokens of a
             sample. This number determines the memory that is needed. It changes what is learned
             only by rounding.
@@ -105,7 +105,8 @@ class TrainingOptions:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def what_is_learned(self) -> dict[str, Any]:
-        """The options that change the adapter, as JSON. A resumed run must keep them."""
+        """The options that change the adapter, with values that JSON can hold. A resumed run must
+        keep them."""
         free = {"checkpoint_every", "sample_tokens", "tensorboard"}
         values = dataclasses.asdict(self)
         return {

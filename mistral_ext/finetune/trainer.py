@@ -87,10 +87,10 @@ class Trainer:
     Args:
         llm: the model, in bfloat16 or float32.
         data: the training data (see `mistral_ext.finetune.data`).
-        output: the folder to make. It must not exist or must be empty, unless `resume` is True.
+        output: the folder of the run. A new run makes it, or takes an empty one.
         eval_data: held-out data of the same form. None: there is no held-out data.
-        resume: whether to continue from the newest checkpoint in `output`. The data and options
-            must be the same.
+        resume: whether to continue from the newest checkpoint in `output`. The model, the data and
+            the options that change the adapter must be the same.
         progress: show a progress bar if stderr is a terminal.
         options: the fields of `TrainingOptions`.
 
