@@ -89,8 +89,9 @@ class Mistral(RequestMaker):
         model: the transformer.
         tokenizer: the tokenizer. None: the folder has no tokenizer, so prompts must be lists of
             token ids.
-        prefill_chunk: the most prompt tokens read in one pass over the weights. A number below 32
-            counts as 32. A larger chunk is faster and takes more memory.
+        prefill_chunk: the most prompt tokens read in one pass over the weights. A larger chunk is
+            faster and takes more memory. A number below 32 counts as 32, because other kernels
+            compute smaller passes and round differently.
         max_batch: the most completions that are generated at once. On the CPU, up to 8 completions
             do not change each other's text. With more than 8, products may round differently.
         cache_tokens: the number of tokens that the cache has room for. These are the tokens of
@@ -98,9 +99,9 @@ class Mistral(RequestMaker):
             `engine.memory.default_slots` chooses the number by the free memory.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
         drafts: the most tokens to guess at a time, 0 to 7, for completions whose options do not set
-            this number. One pass generates all right guesses before the first wrong guess, and one
-            more token. On the CPU guesses do not change the text. None: 7 on the CPU or with a
-            draft model, else 0.
+            this number. One pass checks all guesses. It yields those before the first wrong guess,
+            and one more token. On the CPU guesses do not change the text. None: 7 on the CPU or
+            with a draft model, else 0.
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
             has the same vocabulary, and is on the same device. None: there is no such model.
         adapters: the loaded LoRA adapters. `load_adapter` adds an adapter.
@@ -360,8 +361,9 @@ class Mistral(RequestMaker):
                 template.
             tools: functions that the model may call, in OpenAI's format. None: it may call no
                 functions.
-            tool_choice, parallel_tool_calls: `choice` and `parallel` of
-                `mistral_ext.text.tool_calls.ToolUse.of`.
+            tool_choice: whether the model must call a function, and which, as in OpenAI's API (see
+                `choice` of `mistral_ext.text.tool_calls.ToolUse.of`).
+            parallel_tool_calls: whether the reply may have several calls.
             safe_prompt: whether to begin with the system prompt
                 `mistral_ext.text.guardrails.SAFE_PROMPT`.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.

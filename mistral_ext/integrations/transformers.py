@@ -15,9 +15,11 @@ between them, and the outputs at padding are arbitrary.
 
 Models can be trained with this attention if a call has whole sequences, without keys of earlier
 calls. If there are keys of earlier calls, a tensor that requires a gradient raises RuntimeError:
-call the model in `torch.no_grad()`. The lengths of sequences are read from the mask, so
-`torch.compile(fullgraph=True)` is not possible. (For `generate` with a static cache on a GPU, set
-`disable_compile=True`.)
+call the model in `torch.no_grad()`.
+
+The attention depends on the values of the mask, which torch.compile cannot follow. So
+`fullgraph=True` is not possible. (With a static cache on a GPU, `generate` compiles the model by
+itself: set `disable_compile=True`.)
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ def document_mask(
         device: the device of the result.
 
     Returns:
-        [B, K] int64, for each key up to the last new token the number of the key's sequence, from
-        1 on, or 0 for padding. None: each row is one sequence of kv_length keys.
+        [B, K] int64 for the K keys up to the last new token: the number of each key's sequence,
+        from 1 on, or 0 for padding. None: each row is one sequence of kv_length keys.
 
     Raises:
         ValueError: the mask is neither causal nor causal within packed sequences, or `use_vmap` is
@@ -94,8 +96,8 @@ def document_mask(
     if mask_function is not None and q_length > 1:
         documents = _documents(mask_function, batch_size, q_length, offset, device)
     if attention_mask is not None:
-        # A mask may reach beyond the new tokens. The keys may lack tokens of the mask that have
-        # left the sliding window.
+        # Keeps only the tokens that have keys. The mask may begin with tokens that have left the
+        # sliding window, and go on beyond the new tokens.
         attention_mask = attention_mask[:, : offset + q_length][:, -keys:]
         if not attention_mask.all():
             return attention_mask.long()
@@ -136,11 +138,12 @@ def _documents(
 class _Layout(NamedTuple):
     """The places of the sequences in a batch.
 
-    key_order [B, K] and query_order [B, T] are the orders in which the padding of each row comes
-    before its tokens. They are None if no sequence has padding between its tokens.
+    The kernel needs the keys of a sequence side by side. So if a sequence has padding between its
+    tokens, the batch is reordered: key_order [B, K] and query_order [B, T] put the padding of each
+    row before its tokens. Otherwise both are None.
     """
 
-    # The sequences of each row. Neighbouring padding counts as a sequence, too.
+    # The sequences of each row, after reordering. Neighbouring padding counts as a sequence, too.
     spans: tuple[tuple[Span, ...], ...]
     key_order: Tensor | None = None
     query_order: Tensor | None = None
@@ -169,7 +172,7 @@ def _runs(values: list[int]) -> tuple[Span, ...]:
 
 class _LastLayout:
     """Keeps the layout of the last mask, because neighbouring layers of a model get the same mask.
-    To read a mask from a GPU makes a call wait, so this is done once for such layers."""
+    If each layer read the mask again, each would wait for the GPU."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, _Layout] | None = None
@@ -197,8 +200,9 @@ def _table(
     """Returns the sequence table (see `mistral_ext.ops`), and the largest number of new tokens of a
     sequence.
 
-    Each key/value head of a sequence becomes a sequence of the table, whose keys are a range of the
-    keys [B, Hkv, C, D]. So a sequence may begin anywhere in its row, and the keys are not copied.
+    The table has a row for each key/value head of a sequence, as if the head were a sequence of its
+    own. The head's ring is where its keys lie in the tensor [B, Hkv, C, D]. So a sequence may begin
+    anywhere in its row of the batch, and contiguous keys need not be copied.
 
     Args:
         spans: the sequences in each row of the batch.

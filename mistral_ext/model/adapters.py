@@ -2,8 +2,8 @@
 sequences with different adapters.
 
 Each adapter has a slot, which is its index in the stacks. A tensor names the slot of each token's
-adapter. So a CUDA graph that was captured with one adapter (`engine.graph_runner`) also serves
-others.
+adapter, and its values may change between replays of a CUDA graph (`engine.graph_runner`). So a
+graph that was captured with one adapter also serves others.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Stack:
 
     @classmethod
     def empty(cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor) -> Stack:
-        """Makes a stack without adapters, for weights of these shapes [N, K], with the dtype and
-        device of `like`."""
+        """Makes a stack without adapters, for weights of these shapes [outputs, inputs], with the
+        dtype and device of `like`."""
         parts = [outputs for outputs, _ in shapes]
         _, inputs = shapes[0]
         zeros = torch.zeros(slots, len(parts), device=like.device)
@@ -134,7 +134,7 @@ class Adapters:
 
     Args:
         n_layers: the number of layers of the model.
-        shapes: the shapes [N, K] of the weights in each of `GROUPS`.
+        shapes: the shapes [outputs, inputs] of the weights in each of `GROUPS`.
         like: a tensor with the model's dtype and device.
 
     Attributes:

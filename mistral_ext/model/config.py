@@ -2,8 +2,8 @@
 
 Hugging Face folders describe a model in ``config.json``, Mistral's own folders in ``params.json``.
 mistral_ext/weights/folder.py reads the files. The values of either file become a
-:class:`MistralConfig`, with Mistral's names. Known settings raise an error if they need arithmetic
-that this engine does not have (biases, experts, other kinds of RoPE).
+:class:`MistralConfig`, with Mistral's names. Settings for arithmetic that this engine does not have
+(biases, experts, other kinds of RoPE) raise an error. Keys that are not known are ignored.
 
 A Llama is a Mistral without a window, so ``model_type: llama`` is read too (TinyLlama, Llama 2 and
 3, SmolLM2).
@@ -20,7 +20,7 @@ import torch
 
 from mistral_ext.model.rope_scaling import RopeScaling, Yarn, scaling_from_hf
 
-# Field -> (key of config.json, transformers' default for a missing key).
+# For each field its key in config.json, and transformers' default if the key is missing.
 _HF_KEYS = {
     "vocab_size": ("vocab_size", 32000),
     "dim": ("hidden_size", 4096),
@@ -54,8 +54,8 @@ JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
 JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 
 # By default a cache has room for at least this many tokens, even if memory is short, because a
-# request that is larger than the cache is refused. The cache is smaller only if all sequences
-# together can have no more tokens than fit into it.
+# request that is larger than the cache is refused. If all sequences together can never have so many
+# tokens, the cache is smaller.
 LEAST_CACHE_TOKENS = 4096
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -70,7 +70,8 @@ class _FieldError(ValueError):
     names of other fields."""
 
     def __init__(self, field: str, value: object, expected: str, *others: str) -> None:
-        # If the error is pickled for another process, it is made anew there from these arguments.
+        # If the error is pickled for another process, it is made there by calling this function
+        # with these arguments.
         super().__init__(field, value, expected, *others)
         self.fields = (field, *others)
         self.as_argument = f"{field} is {value!r}, expected {expected}"
@@ -170,8 +171,8 @@ class MistralConfig:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
 
     def _check(self, name: str, valid: bool, expected: str, *others: str) -> None:
-        """Raises an error about the field `name` unless `valid`. `others` are further fields on
-        whose values this depends."""
+        """Raises an error about the field `name` if `valid` is False. `others` are the other fields
+        whose values decide whether it is valid."""
         if not valid:
             raise _FieldError(name, getattr(self, name), expected, *others)
 
@@ -183,8 +184,8 @@ class MistralConfig:
         For a key that is missing or null, the default of transformers' ``MistralConfig`` counts, or
         that of ``LlamaConfig`` for Llama models. (It is not always the value of Mistral 7B.) Two
         keys are exceptions: a ``sliding_window`` of null means that there is no window, and a
-        ``num_key_value_heads`` of null that there are as many as query heads. A Llama has no window
-        in any case.
+        ``num_key_value_heads`` of null that there are as many key/value heads as query heads. A
+        Llama never has a window.
 
         Args:
             values: the contents of the file.
@@ -227,7 +228,7 @@ class MistralConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the contents of a ``config.json`` that :meth:`from_hf` reads as this
-        configuration."""
+        configuration. The model must not be an embedding model."""
         values: dict[str, Any] = {
             "architectures": ["MistralForCausalLM"],
             "model_type": "mistral",

@@ -23,8 +23,7 @@ _FACTORS = "factors"
 
 @dataclass(frozen=True)
 class Linear:
-    """Divides all frequencies by one factor. This has the effect of positions that are closer
-    together.
+    """Divides all frequencies by one factor, as if the positions were closer together.
 
     Source: Chen et al. 2023, arXiv:2306.15595.
     """
@@ -40,9 +39,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Divides low frequencies by a factor, and keeps high frequencies. Frequencies in between are a
-    linear mixture. Low and high are counted in turns: how many times the angle of a frequency goes
-    round in the original positions.
+    """Divides low frequencies by a factor, and keeps high frequencies. The *turns* of a frequency
+    decide whether it is low or high: how many times its angle goes round in the original positions.
+    Frequencies in between become a mixture, which is linear in the turns.
 
     Source: Llama 3.1, as implemented in transformers (`rope_type: llama3`).
     """
@@ -69,9 +68,12 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Divides low frequencies by a factor, and keeps high frequencies. Frequencies in between are a
-    mixture, which is linear in the index of the frequency. Low and high are counted in turns, as in
-    `Llama3`. Queries and keys are both multiplied by `attention_factor`.
+    """Divides low frequencies by a factor, and keeps high frequencies. The turns of a frequency
+    (see `Llama3`) decide whether it is low or high. Frequencies in between become a mixture, which
+    is linear in the index of the frequency.
+
+    transformers multiplies queries and keys by `attention_factor`. Here its square is a factor of
+    the scores (`MistralConfig.attention_scale`).
 
     Source: Peng et al. 2023, arXiv:2309.00071.
     """

@@ -30,8 +30,8 @@ class Cache(Protocol):
 
 @dataclass
 class Layer:
-    """The weights of one layer, named as in Mistral's own checkpoints. `qkv` and `gate_up` are
-    groups of weights, which are multiplied in one pass."""
+    """The weights of one layer. `qkv` and `gate_up` each hold weights that are multiplied in one
+    pass. The other names are those of Mistral's own checkpoints."""
 
     attention_norm: Tensor  # [E]
     qkv: Weights  # wq [Hq * D, E], wk [Hkv * D, E], wv [Hkv * D, E]
@@ -221,7 +221,7 @@ class Transformer:
 
 
 def shapes(weights: Weight | Weights) -> list[torch.Size]:
-    """Returns the shapes [N, K] of weights that are multiplied in one pass."""
+    """Returns the shapes [outputs, inputs] of weights that are multiplied in one pass."""
     if isinstance(weights, JoinedWeight):
         return [part.shape for part in weights.parts]
     return [weight.shape for weight in ([weights] if isinstance(weights, Weight) else weights)]

@@ -32,11 +32,12 @@ ring is. `mistral_ext.engine.slots.SlotPool` makes the table, and csrc/ring.h de
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
 
-A sequence may also have several consecutive rows of the table. Each row then has one new token, and
-the positions of these tokens are consecutive. The rows share the ring of the sequence, and on the
-CPU each token gets the same bits as in a call of its own. All new tokens of the sequence are stored
-before attention. So C must be at least the length of the sequence, or the window plus the number of
-rows after the first.
+A sequence may also have several consecutive rows of the table, as in a step that checks guessed
+tokens (drafts). Each row then has one new token, and the positions of these tokens are consecutive.
+The rows share the ring of the sequence. On the CPU each token gets the same bits as in a call of
+its own. All these tokens are stored before attention, and must not replace a token that one of
+their queries reads. So C must be at least the length of the sequence, or the window plus the number
+of rows after the first.
 
 The values in a table and the ids of tokens are checked only on the CPU. On a GPU, a call would have
 to wait to read them.

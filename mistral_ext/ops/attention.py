@@ -23,13 +23,16 @@ def attention(
     scale: float | None = None,
     max_count: int | None = None,
 ) -> Tensor:
-    """Computes causal sliding-window grouped-query attention of a ragged batch over ring caches.
+    """Computes causal sliding-window grouped-query attention over ring caches. Each sequence of the
+    batch may have its own number of new tokens.
 
     The query at position p attends to positions p - W + 1 to p. The keys and values of the new
     tokens are in k and v, those of earlier positions are in the ring of the sequence. Query head h
-    reads key/value head h * Hkv // Hq. `rope` comes first, and appends the new tokens to the rings.
-    It leaves out a token if a query of this call may still read the older token in its slot. At the
-    end this op appends such tokens.
+    reads key/value head h * Hkv // Hq.
+
+    `rope` must be called first. It appends the new tokens to the rings, except those that would
+    replace an older token that a query of this call still reads. This op appends the exceptions at
+    its end.
 
     Without pools the sequences are whole: each begins in this call, and the position, ring and
     capacity in the table are not used. Only without pools does the op have a gradient, for q, k and
@@ -100,15 +103,16 @@ def _run_whole(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the result of attention, and the log-sum-exp of the scores of each row, [T, Hq]
-    fp32."""
+    """Returns the result of attention, and for the gradient the log-sum-exp of the scores of each
+    token and head, [T, Hq] fp32."""
     _expect("q", q, q.ndim == 3, "[T, Hq, D]")
     _expect("k", k, k.ndim == 3, "[T, Hkv, D]")
     is_table = sequences.ndim == 2 and sequences.shape[1] == 5
     _expect("sequences", sequences, is_table, "[S, 5]")
     kv_heads, dim = k.shape[1:]
-    # The kernel needs rings, but it neither reads nor writes a ring that is longer than the
-    # sequence. So all rings are longer, and the values in the pool do not matter.
+    # The kernel needs rings. But it does not read the rings of whole sequences, and it does not
+    # write to rings with a slot for each token. So the values in the pool do not matter. A ring has
+    # one more slot, because a ring without slots is an error, even for a sequence without tokens.
     table = sequences.clone()
     number = torch.arange(len(table), device=table.device)
     table[:, 2] = 0

@@ -1,4 +1,5 @@
-"""Computes the loss of a language model from hidden states, in chunks of tokens."""
+"""Computes the loss of a language model from hidden states. It works on chunks of tokens, because
+the logits of all tokens may not fit into memory."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def unpack_unsigned(words: Tensor) -> Tensor:
 
 def unpack_wide(words: Tensor, bits: int) -> Tensor:
     """Unpacks the values of "q5_k" (bits = 5) or "q6_k" (bits = 6), [N, bits * K / 32] words, into
-    [N, K] int32. Each super-block has first the words with the low 4 bits of its values, then the
-    words with their further bits."""
+    [N, K] int32. Each super-block has first the words with the low 4 bits of its values, then
+    *further words* with their other bits."""
     of_block = SUPER_BLOCK // VALUES_PER_WORD
     rows = words.unflatten(1, (-1, bits * SUPER_BLOCK // 32))
     low = unpack_unsigned(rows[..., :of_block].flatten(0, 1)).view(*rows.shape[:2], SUPER_BLOCK)
@@ -62,8 +62,12 @@ def unpack_wide(words: Tensor, bits: int) -> Tensor:
 
 
 def _further_shifts(bits: int, device: torch.device) -> Tensor:
-    """Returns the shifts that bring a value's further bits (those after the low 4) to bit 0 of a
-    word. The shape is [further words of a block of 32 values, values that share such a word]."""
+    """Returns for each value of a block of 32 where its other bits begin in their further word
+    (`fifth_bit_shift` and `high_bits_shift` in csrc/formats.h).
+
+    The result has a row for each further word of the block (one for "q5_k", two for "q6_k"), with
+    an element for each value that has bits in this word.
+    """
     per_value = bits - 4
     word = torch.arange(4, dtype=torch.int32, device="cpu").unsqueeze(1)
     within = _SHIFTS % 8 // 4 * per_value
@@ -78,10 +82,12 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Unpacks the scales and minima of "q4_k" and "q5_k", [..., 8] each and 0 to 63, from 12 bytes
     [..., 12].
 
-    Bytes 0 to 3 hold the first four scales in their low 6 bits, and bytes 4 to 7 the first four
-    minima. Bytes 8 to 11 hold the low 4 bits of the last four scales and, in their high halves, of
-    the last four minima. The high 2 bits of the last scales are the high 2 bits of bytes 0 to 3,
-    those of the last minima the high 2 bits of bytes 4 to 7."""
+    For i from 0 to 3, the bytes hold, from the lowest bit on:
+
+        byte i      scale i (6 bits), the high 2 bits of scale i + 4
+        byte i + 4  minimum i (6 bits), the high 2 bits of minimum i + 4
+        byte i + 8  the low 4 bits of scale i + 4, the low 4 bits of minimum i + 4
+    """
     first_scales, first_minima, low = torch.split(packed, 4, dim=-1)
     last_scales = low & 15 | (first_scales >> 6) << 4
     last_minima = low >> 4 | (first_minima >> 6) << 4

@@ -19,8 +19,8 @@ def embedding(token_ids: Tensor, weight: Weight, dtype: torch.dtype | None = Non
 
     Args:
         token_ids: [T] int64, contiguous. Each must be the number of a row. On the CPU any other
-            number raises ValueError. On a GPU it gives a row of NaN, because the call would have to
-            wait for the GPU to raise an error.
+            number raises ValueError. On a GPU it gives a row of NaN: to raise an error, the call
+            would have to wait for the GPU.
         weight: [V, E], plain or `Quantized`. For a quantised weight on a CUDA device, E must be a
             multiple of 8.
         dtype: the dtype of the result. A plain weight must have this dtype. None: the dtype of a

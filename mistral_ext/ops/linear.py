@@ -27,9 +27,9 @@ def linear(
     """Computes x @ weight.T, a linear layer without bias, after an optional RMSNorm of x.
 
     A product of few tokens takes as long as reading the weights. Special kernels (gemv) compute it.
-    In such products the result of a token has the same bits whatever the number of tokens in the
-    call. This holds for up to 8 tokens, for any number of tokens if x is rounded to 8 bits (see
-    below), and on CUDA devices for up to 64 tokens of bfloat16 or float16.
+    The result of a token then has the same bits whatever the number of tokens in the call. On the
+    CPU this holds for up to 8 tokens, and for any number of tokens if x is rounded to 8 bits (see
+    below). On CUDA devices it holds for up to 64 tokens of bfloat16 or float16.
 
     Quantised weights are unpacked as they are read, and multiplied in the precision of x. CPUs with
     AVX2 or NEON make exceptions:
@@ -42,9 +42,9 @@ def linear(
       CPUs with AMX.
     - With AVX-512, "int4" is multiplied in 16-bit integers or bfloat16, not in 8-bit integers.
 
-    With "int8", K is at most 2^20. CUDA devices read rows in 16-byte loads. So there x, norm and
-    the weights must be aligned to 16 bytes, and K must be a multiple of 8, or of 16 for 8-bit
-    values.
+    With "int8", K is at most 2^20, so that 32-bit sums do not overflow. CUDA devices read rows in
+    16-byte loads. So there x, norm and the weights must be aligned to 16 bytes, and K must be a
+    multiple of 8, or of 16 for 8-bit values.
 
     The op has a gradient for x with weights of every format. It has no gradient for the weights or
     norm. Products that round x to 8 bits have no gradient either, so call

@@ -31,7 +31,8 @@ def lora(
     parts: Sequence[int],
     out: Tensor | None = None,
 ) -> Tensor | None:
-    """Computes out += scale * (x @ A.T) @ B in place, with the adapter of each token.
+    """Computes out += scale * (x @ A.T) @ B in place. For each token, the scale, A and B are those
+    of its adapter, from `scales`, `a` and `b`.
 
     The adapters of a weight are stacked and padded to the largest rank. Weights that are multiplied
     with the same x (such as query, key and value) are *parts*: they share a call, and their outputs

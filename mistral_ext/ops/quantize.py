@@ -13,8 +13,8 @@ from mistral_ext.ops.workspace import execution_target
 def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = None) -> Tensor:
     """Chooses the values and scales of a weight in "iq4_nl" or "iq4_xs".
 
-    For every 32 neighbours a few scales are tried, and the scale with the least weighted squared
-    error is taken. In this sum, errors of large weights and of important inputs count more.
+    For every 32 neighbours a few scales are tried, and the scale with the least sum of squared
+    errors is taken. In this sum, errors of large weights and of important inputs count more.
 
     Args:
         weight: [N, K] on the CPU, float32, bfloat16 or float16, the last axis contiguous.
@@ -42,11 +42,10 @@ def round_with_feedback(
     """Rounds a block of up to 256 columns of a weight, one column after another. The error of each
     column is compensated in the later columns of the block.
 
-    This is the step of GPTQ within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1). To
-    correct the columns after the block, the caller subtracts from them the errors (see `weight`)
-    times the part of the factor that has the rows of the block and those columns. The caller must
-    check that the errors are finite. They are not if a weight is NaN or infinite, if the factor has
-    a 0 on its diagonal, or if fp16 cannot hold a scale.
+    This is the step of GPTQ within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    The caller has to correct the columns after the block, as weights/error_feedback.py does. The
+    caller must also check that the errors (see `weight`) are finite. They are not if a weight is
+    NaN or infinite, if the factor has a 0 on its diagonal, or if fp16 cannot hold a scale.
 
     Args:
         weight: [N, B] float32 on the CPU, B at most 256, the last axis contiguous. On return it

@@ -72,7 +72,7 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
 class _Recorder:
     """Notes calls, and checks where their inputs come from. A repetition does not repeat what torch
     computes. So the input x of each call must lie in the memory of a given tensor, or of the result
-    of an earlier call. Token ids must lie in that of a given tensor that no call has changed."""
+    of an earlier call. Token ids must lie in a given tensor that no call has changed."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self.recording = Recording()

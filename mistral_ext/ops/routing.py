@@ -11,7 +11,8 @@ from torch import Tensor
 from mistral_ext.ops.weight import Parts
 
 # The most tokens that our CUDA kernels (gemv) multiply. The kernels are made for few tokens, for
-# which reading the weights takes most of the time. Torch multiplies more tokens, and all float32.
+# which reading the weights takes most of the time. On CUDA devices torch multiplies more tokens
+# than this, and any number of float32 tokens.
 MOST_TOKENS_ON_CUDA = 64
 
 

@@ -26,9 +26,9 @@ def sample(
     largest logit. Among equal logits the lowest id is chosen. The same arguments give the same
     tokens on every device, whatever else is in the batch. csrc/sample.h has the full definition.
 
-    Options and state are tables with a row for each of M completions. They are on the device of the
-    logits, so a decode loop needs no data from the host. `mistral_ext.engine.sampling.Sampler`
-    keeps the tables. The columns of two of them are:
+    `options` and the state of completions (`noise` and `history`) are tables with a row for each of
+    M completions. They are on the device of the logits, so a decode loop needs no data from the
+    host. `mistral_ext.engine.sampling.Sampler` keeps the tables. The columns of two of them are:
 
         options  temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
                  frequency_penalty
