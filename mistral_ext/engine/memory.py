@@ -55,10 +55,9 @@ def available_memory() -> int:
     """The bytes that this process may still use, as its system or container reports. Where there is
     no report, the result is a guess."""
     available = _meminfo("MemAvailable")
-    limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
-    return available
+    group = _control_group()
+    left = None if group is None else _left_of_group(group)
+    return available if left is None else min(available, left)
 
 
 def _meminfo(name: str) -> int:
@@ -71,12 +70,28 @@ def _meminfo(name: str) -> int:
     return 2**33  # bytes: a guess where there is no such file, as on systems other than Linux
 
 
-def _cgroup(name: str) -> int | None:
-    """The number in a file of this process' control group (cgroup version 2). None: there is no
-    such file, or it holds no number, for instance because there is no limit."""
+def _control_group() -> Path | None:
+    """The folder of this process' control group (cgroup version 2)."""
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        text = Path("/sys/fs/cgroup", group.lstrip("/"), name).read_text().strip()
     except OSError:
         return None
-    return int(text) if text.isdigit() else None
+    return Path("/sys/fs/cgroup", group.lstrip("/"))
+
+
+def _left_of_group(group: Path) -> int | None:
+    """The bytes that a control group may still use. None: it has no limit, or does not report it.
+
+    Pages of files, such as mapped weights, count as left, as in MemAvailable: the system takes them
+    back if memory is short.
+    """
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if not limit.isdigit():
+            return None
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return max(0, int(limit) - used + files)
