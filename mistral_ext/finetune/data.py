@@ -32,7 +32,9 @@ class Sample(NamedTuple):
     """A sequence of tokens for training. They do not see the tokens of other samples."""
 
     ids: Tensor  # [n] int32, n >= 2
-    weights: Tensor  # [n] float32, the factor of each token's loss; 0: the token is only read
+    # [n] float32, the factor of each token's loss. 0: the token is only read. The first is 0,
+    # because the model predicts a token from those before it.
+    weights: Tensor
 
     @property
     def prompt(self) -> list[int]:
@@ -116,7 +118,7 @@ class _Reader:
         if not isinstance(text, str) or not text:
             raise ValueError(f"text is {text!r:.60}, expected some text")
         ids = [*self._tokenizer.encode(text), self._tokenizer.eos_id]
-        return self._sample(ids, [0.0] + [1.0] * (len(ids) - 1))
+        return self._sample(ids, [1.0] * len(ids))
 
     def _of_messages(self, messages: Any, tools: Any) -> Iterator[Sample]:
         """Yields the samples of a conversation: a single one if possible. But a template may write
@@ -167,7 +169,7 @@ class _Reader:
             raise ValueError("the sample has no token to train on, expected one after the first")
         return Sample(
             torch.tensor(ids, dtype=torch.int32, device="cpu"),
-            torch.tensor(weights, dtype=torch.float32, device="cpu"),
+            torch.tensor([0.0, *weights[1:]], dtype=torch.float32, device="cpu"),
         )
 
 

@@ -99,6 +99,20 @@ def test_only_replies_are_trained_on(chatty, write_lines):
     assert sample.prompt == chatty.encode_chat(TURNS[:1])
 
 
+def test_a_first_token_is_no_target(tiny, write_lines, tmp_path):
+    """Even if a template writes nothing before a reply: the model predicts from earlier tokens."""
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny[0], folder)
+    source = (
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    llm = Mistral.from_pretrained(folder, progress=False)
+    (sample,) = read_samples(write_lines("a", {"messages": TURNS[:2]}), llm, 500)
+    assert sample.weights.tolist() == [0] + [1] * (len(sample.ids) - 1)
+    assert len(sample.prompt) == 1
+
+
 def test_weights_of_messages(chatty, write_lines):
     turns = [TURNS[0], assistant("Hello!", weight=0), TURNS[2], assistant("A wolf.", weight=0.5)]
     (sample,) = read_samples(write_lines("a", {"messages": turns}), chatty, 500)
