@@ -29,8 +29,13 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 // A chain is a row of multiply-adds, each of which needs the sum of the one before. Independent
-// chains hide the latency of one multiply-add. There are fewer with AVX2, which has 16 registers.
-constexpr int kChains = kVectorBytes == 32 ? 12 : 24;
+// chains hide the latency of one multiply-add. Their sums must fit the registers: x86 processors
+// without AVX-512 have 16 of them, others 32.
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr int kChains = 12;
+#else
+constexpr int kChains = 24;
+#endif
 
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef std::int64_t IntVector __attribute__((vector_size(kVectorBytes)));

@@ -70,9 +70,9 @@ def draw(points: Sequence[Point], roofs: Roofs, title: str, path: Path) -> None:
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    right = 3 * max(1000.0, *(point.flops_per_byte for point in points))
+    right = 3 * max([1000.0, *(point.flops_per_byte for point in points)])
     top = max(roofs.levels.values(), default=roofs.read * right)
-    highest = max(top, *(point.flops for point in points))
+    highest = max([top, *(point.flops for point in points)])
     axes.set(
         xscale="log",
         yscale="log",

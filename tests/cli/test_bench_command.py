@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from mistral_ext.bench import machine, models, peaks, speed
+from mistral_ext.bench import machine, models, peaks, roofline, speed
 from mistral_ext.cli import main
 from mistral_ext.llm import DEMO_MODEL, Mistral
 from mistral_ext.model.config import MistralConfig
@@ -134,6 +134,13 @@ def test_the_table_and_the_plot(quick, tmp_path, capsys):
     assert all(len(row) == 8 for row in rows)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["roofline.png"]
+
+
+def test_a_plot_without_points(tmp_path):
+    """As of a report that has only peaks."""
+    roofs = roofline.Roofs(2e9, "reads", {"fp32": 4e9})
+    roofline.draw([], roofs, "empty", tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_of_a_model(quick, capsys):
