@@ -159,8 +159,8 @@ class RequestMaker:
         room: int | None = None,
         adapter: str | None = None,
     ) -> Request:
-        """Makes the request to the engine for `moderate`. One of its outputs has the logits that
-        `moderation_of` reads.
+        """Makes the request to the engine for `moderate`. One of its outputs has `prompt_logits`,
+        whose last row `moderation_of` reads.
 
         Args:
             content, template, adapter: as in `moderate`.
@@ -296,6 +296,7 @@ class RequestMaker:
             raise ValueError(f"n is {params.n}, expected 1: generate makes several completions")
         return params
 
+    # The ids that no token has, and that the engine must not sample.
     @property
     def _holes(self) -> list[int]:
         holes = self.tokenizer.holes if self.tokenizer else ()

@@ -1,4 +1,4 @@
-"""SwiGLU's product."""
+"""SwiGLU, the activation in the model's MLP."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Computes the ops of linear.py with torch's products. routing.py chooses between these and our
-kernels.
+"""Computes the ops of linear.py with torch's matrix products, and not with our kernels. routing.py
+chooses between the two: torch multiplies many tokens on a GPU, and float32 there.
 
-Quantised weights are dequantised first, one after the other. With many tokens this costs little,
-and torch's products, which are the GPU vendor's, are faster than ours would be.
+Quantised weights are dequantised first. With many tokens this takes little of the time. Torch then
+uses the GPU vendor's products, which are faster than ours would be.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def linear_argmax(
 ) -> tuple[Tensor, Tensor]:
     _C.check_linear_argmax(x, *parts[:3], norm, eps, limit)
     out = _side_by_side(_products("linear_argmax", x, parts, norm, eps))
-    # `max` takes a NaN for the largest output. A NaN is not above -inf, so its row gets -1 as well.
+    # A row with a NaN or with only -inf gets -1. `max` returns the NaN, which is not above -inf.
     largest, token_ids = out[:, :limit].max(dim=1)
     return out, token_ids.where(largest > -torch.inf, -1)
 
@@ -87,7 +87,9 @@ def linear_swiglu(
 
 
 def linear_backward(d_out: Tensor, parts: Parts) -> Tensor:
-    """Returns the product [T, K] of d_out [T, N] with the weights [N, K], for any number of tokens.
+    """Returns the gradient of x, the product [T, K] of d_out [T, N] with the weights [N, K].
+
+    On a GPU this is used for any number of tokens, because there is no CUDA kernel of ours for it.
 
     Quantised weights are dequantised to the dtype of d_out (see `plain_weights`).
     """
@@ -119,11 +121,11 @@ def _side_by_side(products: list[Tensor]) -> Tensor:
 
 
 def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yields the weights. Quantised weights are dequantised to `dtype`. A `JoinedWeight` comes as
-    one weight.
+    """Yields the weights as plain tensors. The weights of a `JoinedWeight` come as one tensor.
+    Quantised weights are dequantised to `dtype`.
 
-    A weight is dequantised when the caller asks for it. So a loop holds at most two dequantised
-    weights at a time, the last one and the next.
+    To save memory, a weight is dequantised only when the caller asks for it. So a loop holds at
+    most two dequantised weights at a time: the previous one, and the one that is being made.
     """
     if parts.whole is not None:
         yield parts.whole

@@ -24,8 +24,10 @@ class Format(NamedTuple):
     scale_dtype: torch.dtype
     bits: int  # the number of bits of a value
     group_scales: int  # the number of elements of the tensor `scales` for each group
-    least_group: int  # the fewest values that may share scales (a group), a power of two
-    most_group: int  # the most values that may share scales, a power of two; 0: a whole row
+    # The sizes of the smallest and of the largest group (values of a row that share scales). They
+    # are powers of two, or both 0 if a group is always a whole row.
+    least_group: int
+    most_group: int
 
     def elements(self, size: int) -> int:
         """Returns how many elements the tensor `values` has for a row of `size` values (K)."""
@@ -66,24 +68,27 @@ class Quantized(NamedTuple):
     "q4_1": words; scales float16 [N, 2 K / 32]: a scale and a minimum in turn.
     "q4_z": words; scales float16 [N, 2 K / group]: a scale and a zero point, 0 to 16, in turn.
     Groups of 32, 64 or 128.
-    "q4_k", "iq4_xs": words; scales uint8 [N, 16 K / 256], [N, 8 K / 256].
-    "q5_k", "q6_k": values int32 [N, 5 K / 32], [N, 6 K / 32]; scales uint8 [N, 16 K / 256],
-    [N, 20 K / 256].
+    "q4_k": words; scales uint8 [N, 16 K / 256]: 16 bytes for each 256 values.
+    "q5_k": values int32 [N, 5 K / 32]; scales as in "q4_k".
+    "q6_k": values int32 [N, 6 K / 32]; scales uint8 [N, 20 K / 256]: 20 bytes for each 256 values.
     "iq4_nl": words; scales float16 [N, K / 32].
+    "iq4_xs": words; scales uint8 [N, 8 K / 256]: 8 bytes for each 256 values.
 
     "Words" stands for values of 4 bits, packed into int32 [N, K / 8]. Value k of a row is in word
-    k // 8, at bit 4 * (i // 2) + 16 * (i % 2) with i = k % 8. In "int4" and "q4_0" a value is in
-    two's complement (-8 to 7), in other formats it is unsigned. A format with the name of a GGUF
-    type holds the numbers of this type, with values and scales in separate tensors. csrc/formats.h
-    has the formulas and the places of bits.
+    k // 8. With i = k % 8, it begins at bit 4 * (i // 2) + 16 * (i % 2). So a shift and a mask take
+    out two neighbours at once, each in a half of the word. In "int4" and "q4_0" a value is in two's
+    complement (-8 to 7), in other formats it is unsigned.
+
+    A format with the name of a GGUF type holds the numbers of this type, with values and scales in
+    separate tensors. csrc/formats.h has the formulas and the places of bits.
     """
 
     values: Tensor
     scales: Tensor
     format: str
-    # [K] int64: value k of a row belongs to input order[k]. None: value k belongs to input k.
-    # Checkpoints of GPTQ with "act-order" need an order, because the values that share scales
-    # belong to inputs that are not neighbours.
+    # [K] int64: in a product with x, value k of a row is multiplied by column order[k] of x. None:
+    # by column k. Checkpoints of GPTQ with "act-order" need an order, because there the values that
+    # share scales belong to columns that are not neighbours.
     order: Tensor | None = None
 
     @classmethod
@@ -135,7 +140,7 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weight as a tensor [N, K], computed in fp32 and then rounded to `dtype`. Its
-        columns are in the order of the inputs, whatever `order` is."""
+        columns are in the order of the columns of x, whatever `order` is."""
         if self.values.is_cuda:
             weight = torch.empty(self.shape, dtype=dtype, device=self.values.device)
             _C.dequantize(*self[:3], weight, execution_target(weight))
@@ -144,7 +149,7 @@ class Quantized(NamedTuple):
         return self.in_order_of_inputs(weight)
 
     def in_order_of_inputs(self, rows: Tensor) -> Tensor:
-        """Puts the columns of dequantised rows [T, K] into the order of the weight's inputs."""
+        """Puts the columns of dequantised rows [T, K] into the order of the columns of x."""
         return rows if self.order is None else rows.index_select(1, self.order.argsort())
 
     def to(self, device: torch.device | str) -> Quantized:
@@ -183,12 +188,12 @@ Weights: TypeAlias = Sequence[Weight] | JoinedWeight
 def in_order(
     x: Tensor, weights: Weights, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Puts the columns of x [T, K], and the weight [K] of an RMSNorm of x, into the order of the
-    weights' values.
+    """Puts the columns of x [T, K], and the weight `norm` [K] of an RMSNorm of x, into the order of
+    the weights' values (`Quantized.order`).
 
-    All weights of a call must have the same `order`. On a GPU and under torch.compile only the
-    presence of an order is checked. To compare orders, the call would have to wait for the GPU, and
-    torch.compile cannot follow what depends on values.
+    All weights of a call must have the same order. On a GPU and under torch.compile, orders are not
+    compared: the call would have to wait for the GPU, and torch.compile cannot follow what depends
+    on values.
 
     Raises:
         ValueError: the weights have different orders, or only some of them have an order.
@@ -210,9 +215,9 @@ def in_order(
 
 
 class Parts(NamedTuple):
-    """Weights in the form of the ops' schemas. Each weight has an element of `values`, of `scales`
-    (None for a plain weight) and of `formats`. `whole` is the matrix of a `JoinedWeight`, or None
-    for other weights."""
+    """Weights as arguments of torch's operators, which take tensors and texts, but not `Quantized`.
+    Each weight has an element of `values`, of `scales` (None for a plain weight) and of `formats`.
+    `whole` is the matrix of a `JoinedWeight`, or None for other weights."""
 
     values: list[Tensor]
     scales: list[Tensor | None]

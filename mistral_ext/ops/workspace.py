@@ -1,4 +1,5 @@
-"""Runs kernels: chooses the stream or the threads, and provides memory for intermediate results."""
+"""Runs the kernels of ops, with memory for their intermediate results (the workspace), on the
+current CUDA stream or with torch's number of CPU threads."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ def execution_target(x: Tensor) -> int:
     """Returns where a kernel on x runs: the number of threads on a CPU, the current stream on a
     GPU.
 
-    Only ops that do not call `run` use this function. Their kernels cannot be repeated, so this
-    function makes the thread's recorder give up.
+    It is for ops that start a kernel themselves, not with `run`. A recorder cannot repeat such a
+    kernel, so this function makes the thread's recorder give up.
     """
     if _of_thread.recorder is not None:
         _of_thread.recorder.give_up()
@@ -62,8 +63,9 @@ def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
         call: the call.
         x: a tensor of the call, on whose device the call runs. If `out` is given, x must be the
             tensor that the call reads.
-        out: the tensor that the call writes to. x and `out` must then be the only tensors of the
-            call that a recorder has to keep alive. None: the call cannot be repeated.
+        out: the tensor that the call writes to. If it is given, a recorder may repeat the call, and
+            keeps x and `out` alive for that. All other tensors of the call, such as weights, must
+            live that long by themselves. None: the call cannot be repeated.
     """
     target = _target(x)
     recorder = _of_thread.recorder
@@ -75,17 +77,17 @@ def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
     if not x.is_cuda:
         call.run(memory_on_cpu(call.workspace_bytes), 0, target)
         return
-    # `memory` must live until the launch. If it were freed earlier, another call could get the same
-    # memory.
+    # `memory` is kept until the kernel is launched. After that torch may give it to a later call on
+    # the same stream, whose kernel starts after this one has ended.
     memory = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=x.device)
     counters = _zeroed_counters(x.device, target, call.counters) if call.counters else None
     call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), target)
 
 
 class _OfThread(threading.local):
-    """The workspace that all calls of a thread on the CPU share, and the recorder of the thread's
-    kernels (None: there is none). The workspace is as large as the largest call so far has needed,
-    and is kept, because allocating new pages for every call would cost time."""
+    """What belongs to a thread: the workspace of its calls on the CPU, and the recorder of its
+    kernels (None: there is none). The workspace is kept between calls, because new pages for each
+    call would cost time. It grows when a call needs more."""
 
     recorder: Recorder | None = None
 
@@ -111,20 +113,21 @@ def memory_on_cpu(nbytes: int) -> int:
 
 
 # Counters, by which the blocks of a kernel know what other blocks have done. A kernel finds them
-# zeroed, and leaves them zeroed. The keys are (device, stream, whether the stream is being
-# captured), the values (id of the graph that is being captured, or 0; counters).
+# zeroed, and leaves them zeroed, so the next kernel on the stream can use them, too. The keys are
+# (device, stream, whether a graph is being captured on the stream). The values are (the id of that
+# graph, or 0 if there is none; the counters).
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
 def _zeroed_counters(device: torch.device, target: int, count: int) -> Tensor:
     # Two graphs may run at the same time, on different streams, so each graph has its own counters.
-    # The graph also captures `torch.zeros`, so each replay zeros the counters before their first
-    # use.
+    # Capturing does not run `torch.zeros`, but makes it a part of the graph. So each replay zeros
+    # the counters before their first use.
     graph = _C.capture_id(target)
     key = (device, target, graph != 0)
     kept = _counters.get(key)
     if kept is None or kept[0] != graph or len(kept[1]) < count:
-        # 1024 counters are enough for a decode step, so they are allocated only once.
+        # 1024 are enough to decode 128 sequences with 8 key/value heads, so most calls find enough.
         kept = graph, torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
         _counters[key] = kept
     return kept[1]

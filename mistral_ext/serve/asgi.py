@@ -18,7 +18,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
 
-# The server refuses a body that takes longer than so many seconds to arrive.
+# The most seconds that a client may take to send a body.
 _BODY_SECONDS = 60.0
 
 
@@ -102,13 +102,13 @@ def _short(value: object) -> str:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Returns the result of `work`, or cancels `work` when the client hangs up. The body must
-    already have been read.
+    """Returns the result of `work`, or cancels `work` when the client hangs up. The body must have
+    been read before, because this function discards all other messages of the client.
 
     Raises:
         DisconnectedError: the client hung up.
-        SlowReaderError: `work` was cancelled by something else. A `Generation` cancels it if the
-            client does not read its answer.
+        SlowReaderError: `work` was cancelled, as a `Generation` does if the client does not read
+            its answer.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))

@@ -15,8 +15,8 @@ _OPEN_FOLDER = "/page/"
 
 
 class KeyCheck:
-    """Passes requests with a valid key, and requests for open paths, on to an application. Answers
-    other requests with 401.
+    """Answers HTTP requests without a valid API key with 401, except those for open paths. Passes
+    all others on to an application.
 
     Args:
         app: the application.

@@ -15,7 +15,7 @@ from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import Record
 from mistral_ext.serve.service import Service
 
-_CLOSED = 499  # nginx logs this status if a client hangs up
+_CLOSED = 499  # nginx logs this status if a client hangs up; ours also if a client does not read
 
 
 class Endpoint:
@@ -84,8 +84,9 @@ class Call(ABC):
         return body
 
     def generation(self, requests: Sequence[Request], max_unread: int | None = None) -> Generation:
-        """Makes a `Generation` that runs requests to the engine for this call. As soon as
-        `max_unread` outputs wait, the current task is cancelled. None: any number may wait."""
+        """Makes a `Generation` that runs requests to the engine for this call. The current task is
+        cancelled if the client reads so slowly that `max_unread` outputs wait. None: any number may
+        wait."""
         task = asyncio.current_task()
         assert task
         service = self._service
@@ -94,8 +95,9 @@ class Call(ABC):
         )
 
     async def outputs(self, generation: Generation) -> AsyncIterator[tuple[int, Output] | None]:
-        """Yields all outputs of a generation, each with the number of its completion. Yields None
-        whenever there was no output for `Settings.ping_seconds`."""
+        """Yields all outputs of a generation, each with the place of its request in the generation.
+        Yields None whenever there was no output for `Settings.ping_seconds`, so that the caller can
+        send a ping."""
         left = len(generation.progress)
         while left:
             come = await generation.next(self._service.settings.ping_seconds)
@@ -105,9 +107,9 @@ class Call(ABC):
     async def read_prompts(
         self, requests: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, Output] | None, None]:
-        """Yields the outputs of requests that only read their prompts, as `outputs` does. The
-        requests run in batches, one after another. So they need no more places in the queue than
-        one batch (`Service.reading_places`)."""
+        """Runs requests that only read their prompts, and yields their outputs as `outputs` does.
+        At most `max_batch` of them run at a time, so that a long list does not fill the queue
+        (`Service.reading_places`)."""
         service = self._service
         size = service.llm.max_batch
         for begin in range(0, len(requests), size):

@@ -18,7 +18,7 @@ from mistral_ext.serve.responses import Answer, new_id
 from mistral_ext.serve.service import Service
 from mistral_ext.text.guardrails import Moderation
 
-# Outputs with the numbers of their completions. None comes when there was no output for a while.
+# What `Call.outputs` yields: an output with the number of its completion, or None after a pause.
 _Outputs: TypeAlias = AsyncIterator[tuple[int, Output] | None]
 
 
@@ -155,8 +155,8 @@ class CompletionCall(Call):
         return "messages" if self._is_chat else "prompt"
 
     def _content(self, job: Job, index: int, reply: str | None = None) -> Any:
-        """Returns a prompt of the job as a content that the model can judge. A `reply` is appended
-        to it."""
+        """Returns a prompt of the job as messages or text, for the model to judge. If a `reply` is
+        given, it is appended."""
         prompt = job.prompts[index]
         if self._is_chat:
             said = [] if reply is None else [{"role": "assistant", "content": reply}]

@@ -58,7 +58,8 @@ class EmbeddingCall(Call):
     async def _pool(
         self, texts: Sequence[Any], given: Mapping[str, Any], adapter: str | None
     ) -> Tensor:
-        """Returns [N, E] fp32, the pooled hidden states of N texts, on the CPU.
+        """Returns the embeddings [N, E] of N texts with E values each, not normalised yet. They are
+        fp32 on the CPU.
 
         Args:
             texts: the texts, each as text or as token ids.

@@ -15,10 +15,9 @@ from mistral_ext.serve.errors import out_of_order
 
 _log = logging.getLogger("mistral_ext.serve")
 
-# Several clients often send requests within a few milliseconds. An idle engine that waits for all
-# of these requests reads their prompts in one pass, and then generates their tokens in common
-# steps. If the engine began with the first prompt, generating its tokens would slow down the pass
-# that reads the other prompts.
+# Several clients often send requests within a few milliseconds. So an idle engine waits a little
+# after the first request, and then reads all prompts in one pass. If it began with the first prompt
+# alone, generating tokens for it would slow down the reading of the others.
 _LULL = 0.003  # the first step begins after so many seconds without a new request
 _LONGEST_WAIT = 0.03  # the first step begins after so many seconds even if requests still come
 
@@ -26,8 +25,9 @@ _LONGEST_WAIT = 0.03  # the first step begins after so many seconds even if requ
 class EngineThread:
     """Runs the steps of an engine while there is work. Other threads add and abort requests.
 
-    If a pass through the model fails, the requests in it end with an error. If the device no longer
-    works after that, or if the engine itself fails, the thread ends and refuses new requests.
+    If a pass through the model fails, the requests in it end with an error, and the thread goes on.
+    The thread ends if the engine itself fails or the device no longer works. Then `add` refuses new
+    requests.
 
     Args:
         engine: the engine.

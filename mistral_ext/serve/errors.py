@@ -51,7 +51,7 @@ _TYPES = {
     504: "server_error",
 }
 
-# This header keeps OpenAI's clients from retrying, because the next try would fail as well.
+# This header keeps OpenAI's clients from sending a request again that would probably fail again.
 _NO_RETRY = {"x-should-retry": "false"}
 
 
@@ -82,7 +82,7 @@ def too_busy() -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """An error for a request that comes, or has not finished in time, when the server is ending."""
+    """An error for requests that come while the server is ending, or that it has to cut off."""
     message = "the server is shutting down"
     headers = {"retry-after": "5", "connection": "close"}
     return ApiError(503, message, code="shutting_down", headers=headers)

@@ -88,8 +88,8 @@ _MOST_INPUTS = 2048
 
 
 def _one_or_several(**limits: int) -> Schema:
-    """The schema of a text, a list of token ids, a list of texts, or a list of lists of token ids.
-    `limits` apply to the last two."""
+    """The schema of one input (a text or a list of token ids) or of a list of inputs, all of one
+    kind. `limits` apply to the list of inputs, such as maxItems."""
     text: Schema = {"type": "string", "minLength": 1}
     several = [
         {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)
@@ -181,8 +181,8 @@ IGNORED = (
     "verbosity",
 )
 
-# Fields that would change the text, but are not supported. Only values without effect are accepted,
-# which these schemas describe.
+# Fields that can change the text of completions, but are not supported. These schemas describe the
+# values that change nothing. Requests with other values are refused.
 NEUTRAL: dict[str, Schema] = {
     "functions": {"type": "array", "maxItems": 0},
     "function_call": {"type": "string", "enum": ["none", "auto"]},

@@ -39,7 +39,7 @@ class Generation:
         began: the time at which the HTTP request arrived, of `time.perf_counter`.
         metrics: counts tokens and times.
         max_unread: as soon as this many outputs wait, the completions are ended, and `on_overflow`
-            is called. None: any number may wait, because no client has to read them.
+            is called. None: any number may wait, because the client does not get them as they come.
         on_overflow: a function that the event loop calls if too many outputs wait.
 
     Attributes:
@@ -73,8 +73,8 @@ class Generation:
         """Queues the completions.
 
         Raises:
-            ApiError: 400 if a completion can never run, 404 if its adapter was removed, 503 if the
-                engine is dead. `close` then ends completions that were queued before.
+            ApiError: 400 if `Engine.add` refuses a completion, 404 if its adapter was removed, 503
+                if the engine is dead. Completions that are queued already then run until `close`.
         """
         try:
             for index, request in enumerate(self._requests):
@@ -133,7 +133,7 @@ class Generation:
         if len(self._come) == 1:
             self._loop.call_soon_threadsafe(self._wake)
         elif len(self._come) == self._max_unread:
-            for request_id in self._ids:  # at once, because the event loop may be busy
+            for request_id in self._ids:  # in this thread, because the event loop may be busy
                 self._engine.engine.abort(request_id)
             self._loop.call_soon_threadsafe(self._on_overflow)
 

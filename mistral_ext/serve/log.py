@@ -26,7 +26,9 @@ class Record:
     path: str
     began: float = field(default_factory=time.perf_counter)
     status: int = 200
-    reason: str = "-"  # why it ended: finish reasons, an error's code, or who ended it
+    # Why it ended, such as the finish reasons of its completions, the categories of contents that
+    # were judged, an error's code, or "disconnected".
+    reason: str = "-"
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

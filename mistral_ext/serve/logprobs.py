@@ -14,9 +14,9 @@ class LogprobWriter:
     """Writes the log-probabilities of one completion, token after token.
 
     Args:
-        tokenizer: knows the bytes of tokens.
-        starts_text: whether the completion begins a text. If so, and if the tokenizer puts a space
-            before a text, this space is not part of the text.
+        tokenizer: the model's tokenizer.
+        starts_text: whether the completion begins a text. Some tokenizers put a space before each
+            text. This space is then left out.
         offset: the number of characters of the text before the completion.
     """
 
@@ -63,7 +63,7 @@ class LogprobWriter:
         }
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id >= self._tokenizer.vocab_size:  # the model may have more ids
+        if token_id >= self._tokenizer.vocab_size:  # the model may have more ids than that
             return b""
         data = self._tokenizer.token_bytes(token_id)
         return data.removeprefix(b" ") if self._strips else data

@@ -1,4 +1,4 @@
-"""Counts metrics for Prometheus. Their names are vLLM's with our prefix."""
+"""Counts metrics for Prometheus. Most of them have vLLM's names, with our prefix."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Metrics:
         self._generated.inc()
 
     def next_token(self, seconds: float) -> None:
-        """Counts another token of a completion, `seconds` after the last token."""
+        """Counts another token of a completion, `seconds` after the token before it."""
         self._next.observe(seconds)
         self._generated.inc()
 

@@ -31,8 +31,8 @@ async def judge(
         service: the state that all requests share.
         requests: the result of `Service.moderation_requests`.
         kind: the kind of the contents for the metrics: "input", "output" or "request".
-        ping: a function that is called from time to time while there is no result. None: no
-            function is called.
+        ping: a function that keeps the client's connection open. It is called from time to time
+            while the model judges. None: nothing is called.
 
     Returns:
         The judgements, in the order of the requests.

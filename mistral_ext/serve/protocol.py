@@ -49,10 +49,9 @@ class Job:
         prompts: conversations, texts or lists of token ids.
         params: the options of the completions. max_tokens is not set yet, because it depends on the
             length of the prompt.
-        max_tokens: the most tokens of a completion that the request allows. None: the request sets
-            no limit, and `default_tokens` counts.
-        default_tokens: the most tokens of a completion if the request sets no limit. The limit is
-            lower if fewer fit into the context. None: the limit is the number that fits.
+        max_tokens: the request's limit for the tokens of a completion. None: it sets no limit.
+        default_tokens: the limit if the request sets none. If fewer tokens fit into the context,
+            the completion may have as many as fit. None: it may always have as many as fit.
         stream, include_usage, echo: the fields of the request with these names.
         salt, stop_token_ids: as in `Mistral.request`.
         structure: the name of the request's field with the constraint of the completions, for
@@ -188,8 +187,8 @@ def _token_id(key: str) -> int:
 
 
 def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The messages of a request. If the request asks for it, they begin with the system prompt of
-    guardrails."""
+    """The messages of a request for `Mistral.chat`. If the request has `safe_prompt`, they begin
+    with the system prompt of `mistral_ext.text.guardrails`."""
     messages = _messages_of(given["messages"])
     return with_safe_prompt(messages) if given.get("safe_prompt") else messages
 
@@ -217,7 +216,11 @@ def _text(content: str | Sequence[Mapping[str, str]] | None) -> str:
 
 
 def context_length(llm: Mistral) -> int:
-    """The most tokens that the prompt and completion of a request may have together."""
+    """The most tokens that the prompt and completion of a request may have together.
+
+    A model with a sliding window has no limit of its own. The server limits it to the positions
+    that it was trained for. Without a window, the tokens must also fit into the cache.
+    """
     positions: int = llm.config.max_positions
     return positions if llm.max_length is None else min(positions, llm.engine.pool.slots)
 
@@ -270,7 +273,7 @@ def moderation_requests(
         contents: texts, or conversations, of which the last message is judged.
         param: the field of the request from which the contents come.
         salt: as in `Request`.
-        cuts: whether only the end of a content is judged if it is too long. If False, such a
+        cuts: if True, only the end of a content that is too long is judged. If False, such a
             content is refused.
         adapter: as in `Mistral.moderation_request`.
 
@@ -313,12 +316,11 @@ def prompts_of(prompt: Any) -> Sequence[Any]:
 
 
 def compile_grammar(llm: Mistral, job: Job) -> None:
-    """Compiles the constraint of a job's completions in advance, so that `requests_of` finds it
-    compiled.
+    """Compiles the constraint of a job's completions. This may take long, so a thread does it. Then
+    `requests_of`, which runs in the event loop, finds the constraint compiled.
 
     Raises:
-        ApiError: 400 if the constraint cannot be compiled. The request is then refused, not
-            answered with a text without its constraint.
+        ApiError: 400 if the constraint cannot be compiled.
     """
     try:
         llm.grammar(job.params, starts_text=job.is_chat, tools=job.tools)

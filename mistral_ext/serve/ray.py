@@ -37,9 +37,9 @@ _log = logging.getLogger("mistral_ext.serve")
 
 _NAME = "mistral_ext"  # the name of the application
 
-# Ray counts HTTP requests, but a replica counts completions. Ray may send a replica this many
-# requests more than the replica has places. So a full replica refuses requests itself, with our own
-# error, and still answers GET /health.
+# Ray may send a replica this many requests more than the replica has places for completions. So a
+# full replica still gets requests. It refuses them with our own error, and still answers
+# GET /health.
 _SPARE_REQUESTS = 16
 
 # When the server ends, requests have `Settings.drain_seconds` to finish. Then replicas have so many
@@ -235,7 +235,7 @@ def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], N
 
     host, port = settings.host, settings.port
     if is_own:
-        with bind(host, port) as listener:  # raises an error with the reason if that is impossible
+        with bind(host, port) as listener:  # a trial: raises OSError with the reason
             host, port = listener.getsockname()[:2]
     elif not has_proxies and port == 0:
         raise ValueError("--port is 0, expected 1 to 65535 on a cluster of several machines")
@@ -282,8 +282,11 @@ def _reason(error: RuntimeError) -> str:
 
 @contextmanager
 def _cluster(replicas: Replicas) -> Iterator[bool]:
-    """Connects to a Ray cluster. Yields whether this call has started the cluster. If so, the
-    cluster is told that it has at least as many cores as all replicas reserve."""
+    """Connects to a Ray cluster. Yields whether this call has started the cluster.
+
+    A new cluster is told that it has at least as many cores as all replicas reserve, because Ray
+    starts a replica only if its cores are free.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports usage to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else Ray drops log lines of requests
     import ray

@@ -81,9 +81,9 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], 
 
 
 def expect_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError or TypeError if no replica could load a model with these arguments of
-    `Mistral.from_pretrained`, as far as this can be told without the model. Here dtype is the name
-    of a dtype. model may be None, which means the demo model."""
+    """Checks those arguments of `Mistral.from_pretrained` that can be checked without the model.
+    Raises ValueError or TypeError if one is wrong. Here `dtype` is a name, such as "bfloat16", and
+    `model` may be None, which means the demo model."""
     for name in ("model", "draft_model", "generation_config"):
         value = arguments.get(name)
         if value is not None and not (isinstance(value, str) and value):

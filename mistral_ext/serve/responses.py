@@ -94,8 +94,8 @@ class Answer:
             yield {**head, "choices": [], "usage": self._usage()}
 
     def _deltas(self, index: int, output: Output) -> list[dict[str, Any]]:
-        """The fields of the chunks for an output, one element for each chunk. Keeps the completion
-        if the output has it."""
+        """Returns the new text and tool calls of an output, as the fields of chunks: an element for
+        each chunk. If the output has the completion, keeps it for `completions`."""
         if output.completion:
             self._completions[index] = output.completion
         if not self._parsers:

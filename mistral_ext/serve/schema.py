@@ -59,8 +59,8 @@ def _check_any(value: Any, schema: Schema, name: str) -> None:
             return check(value, option, name)
         except ApiError as error:
             errors.append(error)
-    # If exactly one alternative has the right type, its own error is raised, which names the place
-    # inside the value.
+    # If exactly one alternative has the right type, its own error is raised, because it names the
+    # place inside the value.
     raise errors[0] if len(errors) == 1 else _wrong(value, schema, name)
 
 

@@ -19,8 +19,8 @@ from mistral_ext.serve.settings import Settings
 
 _log = logging.getLogger("mistral_ext.serve")
 
-# If a client does not read, the system buffers so many bytes for it, and ends the connection after
-# so many milliseconds.
+# Limits for a client that does not read its answer. The operating system buffers about this many
+# bytes for it, and ends the connection after this many milliseconds.
 _UNSENT_BYTES = 2**16
 _UNSENT_MS = 60_000
 
