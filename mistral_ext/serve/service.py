@@ -41,8 +41,9 @@ _PLAIN = "{{ bos_token }} {{ messages | map(attribute='content') | join('\\n\\n'
 
 
 class Service:
-    """Serves a model. Methods are called in the event loop, except `_on_death`, which the engine's
-    thread calls.
+    """Limits how many requests there are, prepares them for the engine and starts them.
+
+    Methods are called in the event loop, except `_on_death`, which the engine's thread calls.
 
     Args:
         llm: the model, with a tokenizer.
@@ -70,8 +71,8 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # Texts, grammars and adapters are prepared outside the event loop, because this may take
-        # long. They are prepared one at a time.
+        # This thread prepares texts, grammars and adapters. In the event loop such work would hold
+        # up all requests.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self) -> None:
@@ -93,7 +94,7 @@ class Service:
 
     @contextmanager
     def places(self, count: int, param: str = "n") -> Iterator[None]:
-        """Reserves places in the queue for `count` completions.
+        """Reserves places for `count` completions, which run or wait in the queue.
 
         Args:
             count: the number of completions.
@@ -121,7 +122,8 @@ class Service:
                 self._idle.set()
 
     def reading_places(self, count: int) -> AbstractContextManager[None]:
-        """Reserves places for `count` prompts that are only read (see `Call.read_prompts`)."""
+        """Reserves places for `count` prompts that are only read. `Call.read_prompts` reads them in
+        batches, one after another, so they need no more places than one batch."""
         return self.places(min(count, self.llm.max_batch))
 
     @contextmanager
@@ -154,7 +156,7 @@ class Service:
         return await self._prepare(encode, self.llm, prompt, self._template, is_chat, tools)
 
     async def moderation_requests(self, *args: Any, **options: Any) -> list[Request]:
-        """Makes requests with which the model judges contents (see
+        """Makes requests to the engine with which the model judges contents (see
         `protocol.moderation_requests`)."""
         return await self._prepare(moderation_requests, self.llm, self._template, *args, **options)
 
@@ -167,11 +169,13 @@ class Service:
         await self._prepare(self.llm.unload_adapter, name)
 
     async def embedding_requests(self, texts: Sequence[Any], *options: Any) -> list[Request]:
-        """Makes requests for the hidden states of texts (see `protocol.embedding_requests`)."""
+        """Makes requests to the engine for the hidden states of texts (see
+        `protocol.embedding_requests`)."""
         return await self._prepare(embedding_requests, self.llm, texts, *options)
 
     async def compile(self, job: Job) -> None:
-        """Compiles the constraint of a job's completions (see `protocol.compile_grammar`)."""
+        """Compiles the grammar that a job's completions must match, if it has a constraint or tools
+        (see `protocol.compile_grammar`)."""
         if job.structure or job.tools:
             await self._prepare(compile_grammar, self.llm, job)
 

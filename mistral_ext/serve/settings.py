@@ -41,7 +41,8 @@ class Settings:
     max_unread: int = 1024  # a client that leaves so many tokens of a stream unread is cut off
     max_body: int = 4 * 2**20  # the most bytes of a request's body
     request_seconds: float = 600.0  # the most seconds from a request's arrival to its last token
-    ping_seconds: float = 10.0  # a stream sends a comment after so many seconds without output
+    # A stream without output for so many seconds sends a comment, so that proxies keep it open.
+    ping_seconds: float = 10.0
     drain_seconds: float = 30.0  # the seconds that requests have to end when the server stops
     # Each of these keys gives access to the server. If there are none, anyone has access.
     api_keys: tuple[str, ...] = field(default=(), repr=False)

@@ -1,4 +1,7 @@
-"""Reads the constraint of a request's completions from OpenAI's fields and from vLLM's."""
+"""Reads from a request the rule that its completions must match, such as a JSON schema.
+
+OpenAI and vLLM have different fields for it. This module reads both.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +57,10 @@ _ANY_OBJECT = {"type": "object"}
 
 
 class Structure(NamedTuple):
-    """A constraint of completions.
+    """A constraint: the rule that completions must match.
 
     Attributes:
-        field: the field of the request that has the constraint.
+        field: the field of the request that has the constraint, for error messages.
         option: the option of `SamplingParams` that the constraint becomes.
         value: the value of the option.
     """
@@ -74,7 +77,8 @@ def structure_of(given: Mapping[str, Any]) -> Structure | None:
         given: the fields of a request, checked against `FIELDS`.
 
     Raises:
-        ApiError: 400, for a format without its schema, or for several constraints.
+        ApiError: 400, if `response_format` has the type json_schema without a schema or a schema
+            without this type, or if there are several constraints.
     """
     found = [*_of_format(given.get("response_format"))]
     for name in ("json", "regex", "grammar", "choice"):

@@ -71,7 +71,7 @@ def tool_use_of(given: Mapping[str, Any], form: ToolFormat | None) -> ToolUse | 
         form: how the model writes tool calls. None: the model takes no tools.
 
     Raises:
-        ApiError: 400, for tools that are wrong, or that the model does not take.
+        ApiError: 400, if a tool or the choice is wrong, or if the model takes no tools.
     """
     choice = given.get("tool_choice", "auto")
     parallel = given.get("parallel_tool_calls", True)
@@ -83,8 +83,9 @@ def tool_use_of(given: Mapping[str, Any], form: ToolFormat | None) -> ToolUse | 
 
 
 def delta_of(piece: ToolDelta) -> dict[str, Any]:
-    """Makes an element of a delta's tool_calls from new text of a call. A client joins the texts
-    that it gets for a call, so the id, the type and the name must come only once."""
+    """Makes the element of "tool_calls" that brings new text of a call to the client of a stream.
+    The client joins all texts that it gets for a call, so the id, the type and the name must come
+    only once."""
     if piece.call:
         return {"index": piece.index, **piece.call.as_message()}
     return {"index": piece.index, "function": {"arguments": piece.arguments}}

@@ -2,7 +2,8 @@
 
 Up to three files list these tokens: `tokenizer.json`, `tokenizer_config.json`
 ("added_tokens_decoder") and `added_tokens.json`. Encoding first cuts a text at the added tokens
-that it spells out. Then the vocabulary's own algorithm encodes the pieces between them.
+that it spells out, except control tokens. Then the vocabulary's own algorithm encodes the pieces
+between them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class AddedToken:
         control: whether the token is a signal and not text: a file marks it special, or it has the
             form <|name|>.
         lstrip, rstrip: whether white space on the left or right side of the token belongs to it.
-        single_word: whether the token is not found inside a word.
+        single_word: if True, the token is found only where it is not a part of a longer word.
     """
 
     id: int
@@ -64,15 +65,15 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """The tokens that the files of a folder add to the base vocabulary, and the names of tokens.
+    """What the files of a folder say about tokens, beyond the base vocabulary.
 
     Attributes:
-        tokens: the added tokens by their ids. Some may belong to the base vocabulary.
+        tokens: the added tokens by their ids. The base vocabulary may have some of them, too.
         names: the texts of the tokens for "bos_token", "eos_token" and so on, if a file names them.
             A text is None if a file says that there is no such token.
-        prefix: if a text was cut at added tokens, the pieces that get the space that encoding puts
-            before a text: "first" (only the first piece), "all", or "unspaced" (the pieces that do
-            not begin with a space).
+        prefix: encoding may put a space before a text. If the text was cut at added tokens, these
+            pieces get the space: "first" (only the piece with which the text begins), "all", or
+            "unspaced" (those that do not begin with a space).
     """
 
     tokens: dict[int, AddedToken]
@@ -181,8 +182,8 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def parts(step: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer: the members of a sequence, or else the step
-    itself."""
+    """The steps of a normalizer or pre-tokenizer in tokenizer.json. It is a sequence of steps, or a
+    single step."""
     if not isinstance(step, dict):
         return []
     inner = step.get("normalizers") or step.get("pretokenizers") or [step]
@@ -216,15 +217,15 @@ class TokenFinder:
         return [piece for piece in pieces if piece != ""]
 
     def starts(self) -> re.Pattern[str]:
-        """A pattern that matches single characters: those at which a token begins, even inside
-        another token."""
+        """A pattern that matches each character at which a token begins, even inside another token.
+        If all these characters are replaced, the text spells out no token."""
         return re.compile(f"(?=(?:{self._any})).", re.DOTALL)
 
 
 def _longest_of(words: list[str]) -> str:
-    """A pattern that matches the longest of some words. It is a tree of words, because trying the
-    hundreds of control tokens of v3 one by one at each bracket of a text would take seconds."""
-    start = commonprefix(words)  # noqa: RUF071  it compares characters, as this tree needs
+    """A pattern that matches the longest of some words. It is a tree of words: trying the hundreds
+    of control tokens of v3 one by one would take seconds in a text of a million brackets."""
+    start = commonprefix(words)  # noqa: RUF071  these words are not paths
     rest = sorted(word[len(start) :] for word in words)
     branches = [_longest_of(list(some)) for _, some in groupby(filter(None, rest), lambda w: w[0])]
     tree = f"(?:{'|'.join(branches)})" if branches else ""

@@ -110,9 +110,9 @@ class JinjaTemplate:
         """Renders a conversation. Returns the text with marks, and a function that removes the
         marks.
 
-        If a message spells out a control token, a mark replaces the token's first character. The
-        mark is a character that occurs nowhere else. So a template may cut, join and measure its
-        input, and what a message spells out does not become a control token.
+        If a message spells out a control token, a mark replaces the token's first character, so
+        that the template's output does not have this token. The mark is a character that occurs
+        nowhere else. It is as long as what it replaces, so a template may cut and measure messages.
         """
         template = self._template(tools)
         messages = _plain(list(messages), "messages")

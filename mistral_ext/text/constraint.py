@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_BYTES = 2**16  # the most bytes of a schema, regular expression or grammar
-MOST_LEVELS = 64  # the most levels of nested brackets in such a text
+MOST_LEVELS = 64  # the most levels of brackets in such a text, because its parsers recurse
 
 # The white space that JSON may have between its tokens. Without the limit of 8 a model may write
 # white space up to max_tokens.
@@ -24,10 +24,11 @@ class Constraint:
     """A rule that a completion must match.
 
     Args:
-        kind: "schema", "regex", "grammar" or "tools".
-        text: the rule: JSON, a regular expression in the syntax of Rust's regex crate, or Lark.
-        content: with "tools", the constraint for which @content in the text stands. None: the text
-            has no @content.
+        kind: "schema", "regex", "grammar" or "tools" (text or calls of tools; see `ToolUse`).
+        text: the rule: JSON for a schema, a regular expression in the syntax of Rust's regex crate,
+            or Lark for a grammar or tools.
+        content: the constraint of the text in a completion with tools, whose Lark names it
+            @content. None: `text` has no @content.
 
     Raises:
         ValueError: the text is too long, has brackets nested too deep, or is not valid Unicode.
@@ -53,7 +54,7 @@ def schema_text(schema: object) -> str:
 
     Args:
         schema: a dict, JSON text, or a pydantic model. If a pydantic model does not say whether its
-            objects may have other properties, they may not: the model would ignore such properties,
+            objects may have other properties, they may not: pydantic would ignore such properties,
             and a completion could continue with them for ever.
 
     Raises:
@@ -74,8 +75,8 @@ def schema_text(schema: object) -> str:
 
 
 def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds llguidance's options to a schema. They replace the schema's own options, which could
-    relax the schema."""
+    """Adds options for llguidance to a schema. They replace any options ("x-guidance") that the
+    schema came with, because those could make the check less strict."""
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
     return {**schema, "x-guidance": options}
 

@@ -23,11 +23,11 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 class _Words(NamedTuple):
-    """Rules for cutting a text into words, in the form of tokenizer.json."""
+    """The rules that a name in a GGUF file stands for: how to cut a text into words, and more."""
 
-    steps: list[dict[str, Any]]
+    steps: list[dict[str, Any]]  # cut a text into words, in the form of tokenizer.json
     ignore_merges: bool = False  # a word that is a token is taken without merges
-    adds_bos: bool = False
+    adds_bos: bool = False  # used if the file has no tokenizer.ggml.add_bos_token
 
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -183,13 +183,15 @@ def _sentencepiece(tokens: _Tokens) -> Vocabulary:
 
 
 def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: bool) -> bytes:
-    """The bytes of a SentencePiece ModelProto (sentencepiece_model.proto). It describes BPE without
-    normalisation. A character without a token of its own is spelled in bytes."""
+    """The bytes of a SentencePiece model: BPE without normalisation, in which a character without a
+    token of its own is spelled in bytes. The numbers of the fields are those of ModelProto in
+    sentencepiece_model.proto."""
     proto = bytearray()
     for text, score, kind in pieces:
         if kind == _USER_DEFINED and has_control_shape(text):
             kind = _CONTROL
         data = text.encode("utf-8", "surrogateescape")
+        # b"\x15" announces the score: field 2, a 32-bit float.
         piece = _field(1, data) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
         proto += _field(1, piece)
     bpe_with_bytes = _number(3, 2) + _number(35, 1)

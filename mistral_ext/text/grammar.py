@@ -53,11 +53,10 @@ class GrammarCompiler:
 
         Args:
             constraint: the rule that completions must match.
-            starts_text: whether completions begin a text. If False, they continue a text. A
-                completion that begins a text has a space before what must match, if the tokenizer
-                puts a space before a text (`Tokenizer.adds_first_space`). With a schema this
-                argument has no effect: a space may come first, because models like to begin with a
-                space and JSON ignores it.
+            starts_text: whether completions begin a text. If False, they continue a text. If the
+                tokenizer puts a space before a text, a completion that begins one has a space
+                before what must match. With a schema this argument has no effect: a space may
+                always come first, because models like to begin with one and JSON ignores it.
 
         Raises:
             ValueError: the constraint does not compile, or nothing matches it.
@@ -98,8 +97,9 @@ class _Vocabulary:
         ]
         self.special_token_ids = sorted({*names, tokenizer.eos_id})
         self._tokenizer = tokenizer
-        # Encoding puts no space before a text that follows this character. `__call__` removes the
-        # tokens of the character.
+        # llguidance encodes texts that continue a completion, so no space may be put before them.
+        # Encoding puts the space before this character instead. `__call__` removes the tokens of
+        # both.
         self._before = "\N{WHITE SMILING FACE}" if tokenizer.adds_first_space else ""
         self._count = len(self._encode(""))
 
@@ -116,10 +116,10 @@ class Grammar:
     """A constraint, compiled for a tokenizer.
 
     Args:
-        vocabulary: the tokenizer's vocabulary, as llguidance has it.
+        vocabulary: the tokenizer's vocabulary in llguidance's form.
         constraint: what completions have to match.
-        is_spaced: whether a space precedes the text that must match. With a schema this argument
-            has no effect: a space before JSON is optional.
+        is_spaced: whether a space must come before the text that matches. With a schema a space is
+            always optional.
 
     Attributes:
         is_spent: whether llguidance's automaton of this grammar, which grows with use, has reached
@@ -174,8 +174,8 @@ class Grammar:
                 is not complete.
         """
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        # After an error the mask allows only the end of the text, as it also does where nothing but
-        # the end may come. So errors are checked first.
+        # After an error the mask allows the end of the text and nothing else. A complete text can
+        # have the same mask, so only is_error() tells them apart.
         if matcher.is_error():
             reason = matcher.get_error()
             if "NoExtension" in reason:
@@ -251,7 +251,7 @@ class Matcher:
         """
         if not self.allowed[token_id]:
             raise ValueError(f"token {token_id} does not match what a completion has to match")
-        self._state.consume_token(token_id)  # an error shows only when the next mask is computed
+        self._state.consume_token(token_id)  # errors are left to _next() below
         self._token_ids.append(token_id)
         known = self._ahead.known(token_id) if self._ahead else None
         if known is None or self._state.is_error():
@@ -360,8 +360,8 @@ def _source(constraint: Constraint, is_spaced: bool) -> str:
 
 
 def _grammars(constraint: Constraint, is_spaced: bool) -> list[dict[str, Any]]:
-    """Makes two grammars: that of the whole completion, and that of the text in it that must match.
-    The whole completion may have a space before this text."""
+    """Makes two grammars. The second one, "body", is for the text that matches the constraint. The
+    first one is for the whole completion, in which a space may or must come before the body."""
     from llguidance import LLMatcher
 
     body: dict[str, Any] = {"name": "body"}

@@ -17,12 +17,12 @@ import jinja2
 MAX_STEPS = 300_000
 MAX_SECONDS = 10.0
 # The number of characters that a rendering may make is MAX_MADE, plus MAX_MADE_PER_CHARACTER for
-# each character of its input.
+# each character of its input: a message may pass through several filters, and each result counts.
 MAX_MADE = 2**24
 MAX_MADE_PER_CHARACTER = 64
 
-_MAX_ARGUMENT = 1_000_000
-_MAX_BITS = 2048
+_MAX_ARGUMENT = 1_000_000  # the largest number that a template may pass to a function or filter
+_MAX_BITS = 2048  # the most bits of a number that a template may make
 ITEM = 16  # an element of a list or dict counts as this many characters
 
 

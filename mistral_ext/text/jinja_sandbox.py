@@ -5,8 +5,8 @@ same extras. But a template can neither reach beyond its variables, nor run for 
 memory.
 
 - jinja2's sandbox keeps a template to its variables.
-- Each iteration of a loop, call, filter, test and arithmetic operator is a step. The number of
-  steps is limited, and so is the time.
+- The number of steps is limited, and so is the time. A step is a call, a filter, a test, an
+  arithmetic operation or one iteration of a loop.
 - The size of each result is counted. If a short expression can make a large result, the size is
   counted before the result is made.
 
@@ -65,7 +65,8 @@ _STRING_METHODS = _words(
     "capitalize casefold swapcase isalnum isalpha isascii isdecimal isdigit isidentifier islower "
     "isnumeric isprintable isspace istitle isupper center ljust rjust zfill expandtabs format_map"
 )
-# Filters that convert their first argument to text.
+# Filters that convert their first argument to text. The size of this text is counted first, because
+# a small list may have a huge text.
 _TEXT_FILTERS = _words(
     "capitalize center e escape filesizeformat float forceescape format indent int lower replace "
     "safe string title trim truncate upper wordcount"
@@ -213,13 +214,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # Functions that _Metering inserts into a template
 
     def turn(self, characters: int) -> bool:
-        """Is called in each iteration of a loop and each call of a macro. Counts the characters of
-        the constant text in the body. `call`, through which templates call, counts the step."""
+        """Counts the constant text in the body of a loop or macro. Each iteration and each call of
+        the macro begins with a call of this function, which `call` above counts as a step."""
         METER.get().made(characters)
         return True
 
     def same(self, value: Any) -> Any:
-        return value  # `call` measures the result of each call, and so this value
+        return value  # the template calls this function through `call`, which measures the result
 
     def join_measured(self, *values: Any) -> str:
         METER.get().made(sum(map(text_size, values)))
@@ -227,8 +228,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Metering(NodeTransformer):
-    """Changes a template so that loops and macros count steps. The changed template also has the
-    results measured that it makes without a call: lists, tuples, dicts and texts joined by ~."""
+    """Inserts calls into a template, to count what `_Environment` would not see. `turn` counts the
+    iterations of loops, and the constant text in loops and macros. `same` and `join_measured`
+    measure lists, tuples, dicts and texts joined by ~."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.visit_Macro(node)

@@ -48,11 +48,10 @@ def encode_reply(
 
 
 def _encode_after(tokenizer: Tokenizer, ids: Sequence[int], length: int) -> list[int]:
-    """The ids of the text after the first `length` bytes of a transcript. These bytes may end
-    inside a token.
+    """The ids of the text after the first `length` bytes of the transcript of `ids`.
 
-    The model writes a reply after the tokens of the prompt, and cannot complete such a token. So
-    the text after these bytes is encoded separately.
+    These bytes, the prompt, may end inside a token. A model cannot write the rest of such a token
+    after a prompt, so the text after the prompt is encoded separately.
     """
     first, end, last = 0, 0, b""
     while end < length:

@@ -68,7 +68,7 @@ def sentencepiece_vocabulary(
     is_replaced = pieces[unknown] != processor.id_to_piece(unknown)
     if not any(map(processor.is_byte, range(base_size))) and not is_replaced:
         # Without tokens of bytes the unknown token stands for characters of a text. They must not
-        # vanish, so the token is shown.
+        # vanish, so the token is shown, unless an added token has taken its id.
         control.discard(unknown)
         token_bytes[unknown] = processor.decode([unknown]).encode("utf-8")  # " ⁇ "
     names = {piece: i for i, piece in pieces.items()}
@@ -109,13 +109,12 @@ def _add(
     pieces: dict[int, str],
     control: set[int],
 ) -> list[AddedToken]:
-    """Enters added tokens into the tables of a vocabulary. Returns the tokens to find in every
-    text.
+    """Enters added tokens into the tables of a vocabulary. Returns those to find in every text: all
+    but the control tokens.
 
-    An added token may have the id of a token of the base vocabulary. If both have the same name,
-    the base token keeps its bytes. (A control token has no bytes, so a base token that becomes one
-    loses them.) If the names differ, the added token replaces the base token, which should be a
-    reserved one.
+    The base vocabulary may have a token of the same id. If the names are the same, too, the base
+    token keeps its bytes, or becomes a control token, which has none. If the names differ, the
+    added token replaces the base token.
     """
     found = []
     for i, token in added.tokens.items():

@@ -25,9 +25,9 @@ class TextStream:
         stop: strings that end the text. They are not part of it.
         strip_first_space: whether the ids begin a text (such as a chat reply), so that the space
             that encoding puts there is dropped. If False, the ids continue a text.
-        divider: the id of a control token that divides the text. Neither stop strings nor
-            characters reach across it, so text that was held back is final when this token comes.
-            None: no token divides the text.
+        divider: the id of a control token that divides the text, such as [TOOL_CALLS]. Neither stop
+            strings nor characters reach across it, so text that was held back is final when this
+            token comes. None: no token divides the text.
 
     Attributes:
         stopped: whether a stop string was found. Later ids then add no text.

@@ -101,7 +101,8 @@ class Tokenizer:
     Args:
         encode: returns the ids of a text.
         token_bytes: the bytes of each id, or None if no token has the id.
-        encode_rest: returns the ids of a text after a control token. None: `encode` does this, too.
+        encode_rest: returns the ids of a text that follows a control token. Some vocabularies put
+            no space before it. None: `encode` does this, too.
         added: the added tokens. They give the control tokens their flags (`lstrip`, ...). None: no
             tokens were added.
     """

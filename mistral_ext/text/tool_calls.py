@@ -137,13 +137,14 @@ class ToolUse:
         return self.form.begin if isinstance(self.form.begin, int) else None
 
     def constraint(self, content: Constraint | None) -> Constraint:
-        """Makes the rule for a completion, which has calls, or text if it need not call a function.
+        """Makes the rule for a completion: it has calls. If `must_call` is False, it may have text
+        instead, and in the Hermes format also text before calls.
 
         Args:
             content: the constraint of the text. None: the text may be anything.
 
         Raises:
-            ValueError: a text that matches `content` could not be distinguished from calls.
+            ValueError: `content` is given, and text may come before calls.
         """
         if content and self.form.end is not None and not self.must_call:
             raise ValueError(
@@ -154,8 +155,8 @@ class ToolUse:
         return Constraint("tools", self._grammar(content is None), text)
 
     def _grammar(self, is_free: bool) -> str:
-        """Writes the grammar in llguidance's Lark. If `is_free` is False, @content stands for the
-        constraint of the text."""
+        """Writes the grammar in llguidance's Lark. `is_free`: the text may be anything. If False,
+        @content stands for the constraint of the text."""
         form, start, text = self.form, "start: calls", ["content: @content"]
         begin, end = _in_lark(form.begin), _in_lark(form.end or "")
         free = "(?s:.*)"
@@ -200,7 +201,7 @@ class ToolUse:
 
 
 def check_tools(tools: object) -> list[str]:
-    """The names of functions in OpenAI's format.
+    """Checks functions in OpenAI's format, and returns their names.
 
     Raises:
         ValueError, TypeError: `tools` or one of the tools is wrong. The message names it.
