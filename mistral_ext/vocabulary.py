@@ -24,7 +24,8 @@ class Vocabulary(NamedTuple):
 
     @property
     def sampled(self) -> int:
-        """The ids below this number may be sampled, except the tokenizer's `holes`.
+        """The ids below this number may be sampled, except the tokenizer's `holes` (ids that no
+        token has).
 
         Each of them has a row in the model's output matrix and, if there is a tokenizer, a token. A
         model may have more rows than the tokenizer has tokens (padding), or fewer (if a padding
@@ -54,7 +55,8 @@ class Vocabulary(NamedTuple):
 
     def expect_drafts_from(self, draft: Vocabulary) -> None:
         """Raises ValueError unless every id that may be sampled has the same token in the draft
-        model. If one of the models has no tokenizer, only the numbers of ids are compared."""
+        model. If one of the models has no tokenizer, only the sizes of the vocabularies are
+        compared."""
         given, count = f"draft_model is {draft.folder}, whose", self.sampled
         if draft.config.vocab_size < count:
             raise ValueError(

@@ -21,9 +21,9 @@ Message = Mapping[str, Any]
 def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     """Converts messages to the classes of mistral-common.
 
-    If the id of a call does not have Mistral's form, the call gets another id, which is computed
-    from the given id. Text beside calls is dropped, because Mistral's templates have no place for
-    it.
+    If the id of a call does not have Mistral's form, it is replaced by an id that is computed from
+    it. So a call and its result still have the same id. Text beside calls is dropped, because
+    Mistral's templates have no place for it.
 
     Raises:
         ValueError: a message is wrong. The error names the message.
@@ -65,7 +65,8 @@ def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
 
 
 def with_parsed_arguments(messages: Sequence[Message]) -> list[Message]:
-    """Parses the arguments of calls to objects, because templates themselves write them as JSON."""
+    """Parses the arguments of calls, given as JSON text, to objects. Templates themselves write
+    arguments as JSON, and would quote JSON text once more."""
     return [
         {**message, "tool_calls": [_parsed(call) for call in calls]}
         if isinstance(calls := message.get("tool_calls"), Sequence)

@@ -13,8 +13,8 @@ _HEAD = re.compile(re.escape(HEAD.format("NAME")).replace("NAME", '"([^"]+)"'))
 class ToolParser:
     """Divides one completion into text and calls.
 
-    The completion must match the grammar of `ToolUse.constraint`. So a text that begins like a call
-    is a call.
+    The engine permits only tokens that fit the grammar of `ToolUse.constraint`. So a text that
+    begins like a call is a call.
 
     Args:
         form: how the model writes calls.
@@ -28,7 +28,7 @@ class ToolParser:
         self.content = ""
         self.calls: list[ToolCall] = []
         self._form = form
-        self._held = ""  # text that cannot be returned yet
+        self._held = ""  # text that may belong to a call, or be the white space before one
         self._is_text = True  # no call has begun yet
         self._arguments: _Object | None = None  # the arguments of the unfinished call
 
@@ -63,7 +63,7 @@ class ToolParser:
             self._is_text = cut < 0
             if self._is_text:
                 cut = len(self._held) if is_last else _before_part(self._held, begin)
-        if not is_last:  # white space before a call is not text
+        if not is_last:  # hold white space at the end: before a call it is not text
             cut = len(self._held[:cut].rstrip())
         piece, self._held = self._held[:cut], self._held[cut:]
         if piece:
@@ -118,7 +118,7 @@ class _Object:
 
 
 def _before_part(text: str, mark: str) -> int:
-    """The lowest index from which on the text may be the beginning of a mark, or the length of the
+    """The index of the longest beginning of `mark` with which the text ends, or the length of the
     text if there is none."""
     starts = range(max(0, len(text) - len(mark) + 1), len(text))
     return next((i for i in starts if mark.startswith(text[i:])), len(text))

@@ -1,4 +1,4 @@
-"""The result of reading a tokenizer file: encode functions, and a table id -> bytes."""
+"""What is read from a tokenizer file: functions that encode text, and the bytes of each token."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Vocabulary(NamedTuple):
 
 
 def piece_bytes(piece: str) -> bytes:
-    """The bytes of an ordinary SentencePiece token."""
+    """The bytes of a SentencePiece token that is neither a control nor a byte token (<0x0A>)."""
     return piece.replace(SPACE, " ").encode("utf-8")
 
 
 def named_id(
     added: AddedTokens, key: str, ids: Mapping[str, int], default: int | None
 ) -> int | None:
-    """The id of the token that the files name for a use such as "eos_token". Returns `default` if
-    they name no token, or a token that is not in `ids`."""
+    """The id of the token that the tokenizer's files name as `key`, such as "eos_token". Returns
+    `default` if they name no token, or a token that is not in `ids`."""
     name = added.names.get(key)
     return default if name is None else ids.get(name, default)

@@ -128,8 +128,8 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
         config: the configuration of the model for which the adapter is made.
 
     Returns:
-        The update of each weight that the adapter changes. Tensors that need not change are mapped
-        into memory.
+        The update of each weight that the adapter changes. Tensors that need no decoding or
+        reordering are mapped into memory.
 
     Raises:
         FileNotFoundError: there is no adapter, or its adapter_config.json is missing.
@@ -181,7 +181,7 @@ def _read_peft(file: Path, config: MistralConfig) -> dict[str, LowRank]:
         # In older files, and in files saved by hand, names also contain that of the adapter,
         # "default".
         key = tensor.name.removeprefix(PEFT_PREFIX).replace(".default.", ".")
-        # If peft wrapped a model without a head, the names in the file lack "model.".
+        # If peft wrapped a model without output matrix, the names in the file lack "model.".
         if not config.writes_text:
             key = f"model.{key.removeprefix('model.')}"
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
@@ -335,10 +335,10 @@ class _Pairs:
     def add(
         self, name: str | None, matrix: str, matrices: tuple[str, str], stored: StoredTensor
     ) -> None:
-        """Takes a tensor, which is a or b of the weight `name` (None: the model has no such
-        weight). `matrices` has the names of a and b in the file, and `matrix` is the name of this
-        tensor. Raises ValueError if the model has no such weight, or if the tensor is neither a nor
-        b, has a wrong dtype, or was taken before."""
+        """Adds a tensor, the matrix a or b of the weight `name` (None: the model has no such
+        weight). `matrix` is the last part of the tensor's name, and `matrices` has this part for a
+        and for b. Raises ValueError if the model has no such weight, or if the tensor is neither a
+        nor b, has a wrong dtype, or was added before."""
         if name not in self._shapes or matrix not in matrices:
             raise ValueError(
                 f"tensor {stored.name!r} in {self._file} is not supported: expected "

@@ -1,8 +1,9 @@
-"""Rounds weights by the inputs that the layers of a model get: `mistral-ext quantize --calibrate`.
+"""Rounds the weights of a model so that the outputs of its layers for a text change little:
+`mistral-ext quantize --calibrate`.
 
-A text is run through the model once, one layer at a time. The Hessian of a matrix is the sum, over
-all tokens, of the products of the matrix's inputs with each other. It says how much an error in
-each weight counts, and how other weights can compensate the error. So a matrix is rounded with
+The text is run through the model once, one layer at a time. The Hessian of a matrix is the sum,
+over all tokens, of the products of the matrix's inputs with each other. It says how much an error
+in each weight counts, and how other weights can compensate the error. So a matrix is rounded with
 error feedback (error_feedback.py). Then the text goes on through the rounded matrix, so that later
 matrices see its errors and can compensate them.
 
@@ -47,12 +48,12 @@ class CalibratedLayers:
 
     Args:
         config: the configuration of the model.
-        quantization: the formats of the weights. Only matrices whose format has a table of values
-            are rounded with error feedback.
+        quantization: the formats of the weights. Only matrices in "iq4_nl" and "iq4_xs" are rounded
+            with error feedback.
         embedded: [T, E] fp32, the embeddings of a text's tokens. They are overwritten.
         kept: a folder for finished layers. It is made if it does not exist.
-        identity: a string, such as a hash, that differs for other texts or embeddings. It may be
-            the same for other weights of the layers, which `rounded` compares.
+        identity: a hash of the text and the embeddings. The weights of the layers need not go into
+            it, because `rounded` compares them itself.
 
     Attributes:
         done: the number of finished layers, those of earlier calls included.
@@ -107,8 +108,8 @@ class CalibratedLayers:
         return made
 
     def _run_and_round(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
-        """Rounds a layer, and moves the hidden states through it. A matrix is rounded when its
-        inputs have come through the matrices before it, which are rounded already."""
+        """Rounds a layer, and moves the hidden states through it. The inputs of each matrix have
+        come through the matrices before it, which are rounded already."""
         runner, hidden = self._runner, self._hidden.split(SEQUENCE)
         wide = {name: layer.pop(name).float() for name in list(layer)}
         made: dict[str, Weight] = {name: norm for name, norm in wide.items() if norm.dim() == 1}
@@ -169,8 +170,8 @@ class CalibratedLayers:
 
 
 def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
-    """A hash of a text and of a model's embeddings. Two fine-tunes of one model may have the same
-    embeddings, and then the same hash."""
+    """A hash of a text and of a model's embeddings. Fine-tunes with the same embeddings have the
+    same hash; `CalibratedLayers.rounded` tells them apart."""
     return f"{hash_of_text(token_ids)} {hash_of_weights([embeddings])}"
 
 
@@ -198,8 +199,8 @@ def calibrated(
         progress: show a progress bar if stderr is a terminal.
 
     Yields:
-        Pairs of Mistral's name and the weight. All matrices but the embeddings are quantised. The
-        output matrix is always among them.
+        Pairs of Mistral's name and the weight. All matrices but the embeddings are quantised. If
+        `weights` has no output matrix, one is made from the embeddings.
 
     Raises:
         ValueError: `token_ids` is empty, a token is not in the vocabulary, `kept` belongs to
@@ -211,7 +212,7 @@ def calibrated(
     assert isinstance(embeddings, Tensor)
     embedded, identity = embed(token_ids, embeddings), identity_of(token_ids, embeddings)
     layers = CalibratedLayers(config, quantization, embedded, kept, identity)
-    del embedded  # `layers` holds what it needs
+    del embedded  # this frees it if `layers` has read hidden states from `kept` instead
     yield "tok_embeddings.weight", embeddings.to(dtype)
     output, layer = embeddings if config.tie_word_embeddings else None, dict[str, Tensor]()
     del embeddings

@@ -79,8 +79,9 @@ def load_weights(
         folder: the result of :func:`mistral_ext.weights.folder.read_folder`. If it holds several
             formats, the first of `LAYOUTS` that is complete is used.
         dtype: the dtype to which weights are converted, bfloat16, float16 or float32. None: weights
-            keep their stored dtype, and weights that must be decoded get that of the embeddings
-            (bfloat16 if these are quantised). Weights that stay quantised are not converted.
+            keep their stored dtype. Weights that must be decoded get the dtype of the embeddings,
+            or bfloat16 if the embeddings are quantised. Weights that stay quantised are not
+            converted.
         progress: show a progress bar if stderr is a terminal.
         quantize: "int8" (8 bits) or "int4" (4 bits): the weights are quantised, one after another.
             If this package has stored them with that number of bits already, they are kept as they
@@ -183,8 +184,8 @@ class Checkpoint:
             tensors = with_base_names(_stored_tensors(files), files.layout.format)
         else:
             dtype = dtype or default_dtype(folder.gguf)
-            # Weights that are to be rounded again are first decoded to fp32, so that they are not
-            # rounded twice.
+            # Weights that are to be quantised anew are first decoded to fp32. A smaller dtype would
+            # round them once more in between.
             decoded = torch.float32 if self._quantizes else dtype
             if quantization is None:
                 kept = kept_formats(folder.gguf)
@@ -212,8 +213,8 @@ class Checkpoint:
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
-        # The number of heads of each weight whose rows the files have in Mistral's order: the rows
-        # that RoPE rotates together are neighbours. `_read` reorders the rows of each head.
+        # The weights whose rows `_read` must bring from Mistral's order to Hugging Face's
+        # (`pairs_to_halves`), and their numbers of heads.
         self._heads_in_pairs = {}
         if files.layout.format in ("mistral", "gguf"):
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
@@ -231,8 +232,9 @@ class Checkpoint:
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Weight]]:
         """Reads one weight after another. Yields Mistral's name and the weight.
 
-        If the files have no output matrix, "output.weight" is yielded only if weights are
-        quantised. Then it is the quantised embeddings.
+        If the files have no output matrix, the embeddings serve as output matrix. Then
+        "output.weight" is yielded only if weights are quantised here: as a quantised copy of the
+        embeddings, which themselves are not quantised.
         """
         n_bytes = {name: sum(part.nbytes for part in parts) for name, parts in self._parts.items()}
         with tqdm(

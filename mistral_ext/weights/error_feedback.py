@@ -8,12 +8,13 @@ the errors of the columns before it. (GPTQ multiplies by the inverse of R instea
 blocks on R's diagonal are inverted. The results are the same, as QuIP shows: Chee et al. 2023,
 arXiv:2307.13304.)
 
-A block of columns b is rounded in one step. Let R[:b, b] be the rows of R before this block, in its
-columns. One product, with R[:b, b] R[b, b]^-1, compensates the errors of earlier blocks. Within the
-block a kernel compensates the errors column by column, with R[b, b]^-1.
+A block b of columns is rounded in one step. R[b, b] is the block of R on the diagonal in these
+columns, and R[:b, b] is the part of R above it. One product, with R[:b, b] R[b, b]^-1, compensates
+the errors of earlier blocks. Within the block a kernel compensates the errors column by column,
+with R[b, b]^-1.
 
-Only the lower triangle of a symmetric matrix is computed, which halves the work. One product
-computes a block of rows, so the blocks on the diagonal are computed whole.
+Of a symmetric matrix only the lower triangle is computed, which halves the work. Blocks on the
+diagonal are computed whole (`_ROWS` says why).
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ _DAMPING = 0.1
 # range of fp32.
 _LEAST_MEAN = 1e-30
 _BLOCK = 256  # the number of columns that are rounded in one step: a block of "iq4_xs"
-# The number of rows of a symmetric matrix that are computed at a time. `_add_squares` computes
-# blocks of _ROWS rows on the diagonal whole. _BLOCK divides _ROWS, so blocks of _BLOCK rows on the
-# diagonal are whole, too, as `_damped_factor` needs them.
+# `_add_squares` computes so many rows of a symmetric matrix at a time, and a block of this size on
+# the diagonal whole. This number is a multiple of _BLOCK, because `_damped_factor` needs each block
+# of _BLOCK rows on the diagonal whole.
 _ROWS = 2 * _BLOCK
 
 
 class Factor(NamedTuple):
-    """The results of factoring a Hessian H = R R^T that rounding needs."""
+    """What rounding needs to know of a Hessian H = R R^T."""
 
     # [K, K]. The rows of each block b hold R[b, b]^-1 on the diagonal. Left of the diagonal they
     # hold R[:b, b] R[b, b]^-1, transposed.
@@ -115,7 +116,7 @@ def _damped_factor(hessian: Tensor, damping: float) -> Factor:
 
 
 def round_by(factor: Factor, weight: Tensor, out: Quantized) -> Tensor:
-    """Rounds a weight [N, K] float32 into `out`, whose format has values from a table.
+    """Rounds a weight [N, K] float32 into `out`, in "iq4_nl" or "iq4_xs".
 
     Returns:
         [N, K] float32, the errors: the weight minus its rounded values. Errors are not finite if a

@@ -88,10 +88,10 @@ class WeightFiles:
 def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     """Reads a folder or a GGUF file, except weights and tokenizer.
 
-    If a folder holds both formats, ``config.json`` is read, unless the weights to read are
-    Mistral's (`find_weights`). So the configuration comes from the same source as the weights
-    (early ``config.json`` files of v0.2 state a window that its ``params.json`` does not have). If
-    a folder has no such weights but one GGUF model, this model is read.
+    If a folder holds both formats, ``params.json`` is read if the weights to read are Mistral's
+    (`find_weights`), and ``config.json`` otherwise. So the configuration comes from the same source
+    as the weights (early ``config.json`` files of v0.2 state a window that its ``params.json`` does
+    not have). If a folder has weights in neither format but one GGUF model, this model is read.
 
     Args:
         path: a local folder, or a GGUF file, in one or several parts (see
@@ -172,17 +172,20 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def is_instruct(path: Path) -> bool:
-    """Whether a folder without a chat template holds a Mistral Instruct model.
+    """Whether a folder or GGUF file holds a Mistral Instruct model. This counts only if the model
+    has no chat template.
 
-    It does if the name of the folder, or its hub id, contains "instruct". A model that `quantize`
-    has written may have any name, but its config.json says whether the original was such a model.
+    The answer is yes if the name of the folder or file, or a folder's hub id, contains "instruct".
+    A model that `quantize` has written may have any name, but its config.json says whether the
+    original was such a model.
     """
     config = path / "config.json"
     ours = read_json_object(config).get(_OWN_KEY) if config.is_file() else None
     if isinstance(ours, dict) and "instruct" in ours:
         return bool(ours["instruct"])
     path = path.resolve()
-    in_cache = path.parent.name == "snapshots"  # path.parents[1] is then models--OWNER--NAME
+    # The hub's cache has models--OWNER--NAME/snapshots/REVISION.
+    in_cache = path.parent.name == "snapshots"
     return "instruct" in (path.parents[1] if in_cache else path).name.lower()
 
 

@@ -43,8 +43,8 @@ def generation_config_file(model: Path, source: str | Path) -> Path:
 def sampling_defaults(file: Path) -> dict[str, Any]:
     """Reads the options of `SamplingParams` that a file sets, without checking them.
 
-    As in vLLM, a temperature in the file counts unless the file says ``do_sample: false``, which
-    means greedy decoding (temperature 0).
+    ``do_sample: false`` means greedy decoding (temperature 0), whatever temperature the file has.
+    If the file has no ``do_sample``, its temperature counts, as in vLLM.
 
     Raises:
         ValueError: the file does not hold a JSON object.

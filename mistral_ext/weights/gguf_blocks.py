@@ -1,11 +1,12 @@
 """Decodes the blocks in which GGUF files store weights.
 
 A row of a matrix is a sequence of blocks of 32 or 256 neighbouring values. Each block has its own
-scales, and an integer q for each value. Types with a minimum stand for scale * q + minimum (Q4_1,
-Q5_1) or scale * q - minimum (Q2_K, Q4_K, Q5_K). The other types stand for scale * (q - offset). In
-IQ4_NL and IQ4_XS a table of 16 values takes the place of q - offset. The types Q2_K to Q6_K and
-IQ4_XS have two levels of scales: a scale of 4, 6 or 8 bits for each 16 or 32 values, and an fp16
-factor of these scales for the block.
+scales, and an integer q for each value. In types with a minimum, a value is scale * q + minimum
+(Q4_1, Q5_1) or scale * q - minimum (Q2_K, Q4_K, Q5_K). In the other types it is
+scale * (q - offset), with one offset for each type. In IQ4_NL and IQ4_XS a table of 16 numbers,
+indexed by q, takes the place of q - offset. The types Q2_K to Q6_K and IQ4_XS have two levels of
+scales: a scale of 4, 6 or 8 bits for each 16 or 32 values, and an fp16 factor of these scales for
+the block.
 
 Decoding gives the same numbers as ggml's: values, scales and their products are computed in fp32,
 in the same order.

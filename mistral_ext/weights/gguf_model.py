@@ -1,9 +1,9 @@
 """Reads a model in a GGUF file: its configuration from the metadata, and its tensors.
 
 Tensors are stored under GGUF's own names, in blocks (gguf_blocks.py), and with the query and key
-rows in Mistral's order. If our kernels can multiply a matrix in its format, its numbers are kept,
-and only its values and scales are separated (mistral_ext/ops/repack.py). Other tensors are decoded
-as they are read.
+rows in Mistral's order. If our kernels can multiply a matrix in its format, its values and scales
+are moved into two tensors, without any rounding (mistral_ext/ops/repack.py). Other tensors are
+decoded as they are read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
-_FREQUENCY_FACTORS = "rope_freqs.weight"  # no weight, but a part of the configuration (RoPE)
+# Not a weight: divisors of RoPE's frequencies, which belong to the configuration.
+_FREQUENCY_FACTORS = "rope_freqs.weight"
 
 # dim, n_layers, n_heads, n_kv_heads and hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
 # window, but GGUF files do not mention it. v0.2 and later versions have no window. The base of RoPE
@@ -290,7 +291,8 @@ class _Metadata:
         return {"rope_type": "factors", "factors": decode(factors.rows(), factors.type)[0].tolist()}
 
     def _eos_ids(self) -> list[int]:
-        """The ids of the tokens that end a text or a turn, each id once. The first ends a text."""
+        """The ids of the tokens that end a text or a turn, each id once. The first is the
+        end-of-text token."""
         ids = [self._token("eos", 2)]
         ids += [self._token(name, ids[0]) for name in ("eot", "eom")]
         tokens = self._file.metadata.get("tokenizer.ggml.tokens")

@@ -52,6 +52,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
 
 def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
     """Returns the local folder or file of an adapter: the path itself, or a download from the hub.
+    A path that does not exist and is no hub id is returned, too: the caller reports the error.
 
     Args:
         path_or_hub_id: a path; ``owner/name``; or ``owner/name:file.gguf``.
@@ -60,8 +61,7 @@ def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
 
     Raises:
         FileNotFoundError: `path_or_hub_id` has the form of a hub id, and neither the hub nor its
-            cache has the adapter. A path of another form that does not exist raises no error, and
-            is returned.
+            cache has the adapter.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
@@ -103,8 +103,8 @@ def _download_files(hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def _download_gguf(hub_id: str, name: str) -> Path:
-    """Downloads all parts of a GGUF file, and returns the first part. Without a network it uses the
-    library's cache."""
+    """Downloads all parts of a GGUF file, and returns the first part. Without a network it uses
+    huggingface_hub's cache."""
     from huggingface_hub import hf_hub_download
 
     folder, _, file = name.rpartition("/")

@@ -1,10 +1,11 @@
 """Saves the finished steps of a calibration in a folder. If the calibration is interrupted, the
 next call continues from there.
 
-Each new model has a folder of its own. `sensitivities.pt` holds the measured sensitivities. `0.pt`,
-`1.pt` and so on hold the rounded layers. `hidden.pt` holds the number of finished layers, and the
-hidden states after them. Each file also holds an identity, a hash of what it was computed from. A
-file whose identity is not the expected one is refused.
+Each new model has a folder of its own. `sensitivities.pt` holds how much the model loses if a
+matrix is rounded to 4 bits (sensitivity.py). `0.pt`, `1.pt` and so on hold the rounded layers.
+`hidden.pt` holds the number of finished layers, and the hidden states after them. Each file also
+holds an identity, a hash of what it was computed from. A file whose identity is not the expected
+one is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mistral_ext.weights.new_folder import sync_names
 
 HIDDEN, SENSITIVITIES = "hidden.pt", "sensitivities.pt"
 _OURS = re.compile(r"(hidden|sensitivities|[0-9]+)\.(pt|part)")
-_STEP = 97  # the distance between the rows of a matrix that go into a hash
+_STEP = 97  # every 97th row of a matrix goes into a hash (`hash_of_weights` says why)
 
 
 def kept_folder(target: str | Path) -> Path:

@@ -61,8 +61,9 @@ class Mixture:
             )
 
     def best(self, sensitivities: Mapping[str, float]) -> Quantization:
-        """Chooses the formats. The matrices are tried in the order of the loss that 8 bits avoid
-        for each additional byte. A matrix gets 8 bits if the file then has at most the given size.
+        """Chooses the formats. The matrices are tried one after another, first those where 8 bits
+        avoid the most loss for each additional byte. A matrix gets 8 bits if the file then has at
+        most the given size.
 
         Args:
             sensitivities: the loss of accuracy by 4 bits in each matrix of the layers, by Mistral's

@@ -1,9 +1,9 @@
 """Converts the names of weights in files.
 
 In memory, weights have Mistral's names (layers.0.attention.wq.weight). Files in Hugging Face's
-format use one of three kinds of names: those of transformers' causal models
-(model.layers.0.self_attn.q_proj.weight), those of the model without its head (without "model."), or
-those of peft's wrapper (with "base_model.model." in front).
+format have the names of transformers' causal models (model.layers.0.self_attn.q_proj.weight). Their
+names lack "model." if the model was saved without its output matrix, and begin with
+"base_model.model." if it was saved in peft's wrapper.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def mistral_name(name: str) -> str:
 
 
 def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:
-    """Renames tensors to the names that their format uses for a whole model, which has its head
-    and no wrapper of peft. Leaves out stored frequencies of RoPE.
+    """Gives tensors of Hugging Face's format the names that transformers' causal models use. Keeps
+    Mistral's names. Leaves out stored frequencies of RoPE.
 
     Args:
         tensors: the tensors with their names in the files.
@@ -92,8 +92,8 @@ def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[Stored
 
 
 def _with_hugging_face_names(tensors: list[StoredTensor]) -> list[StoredTensor]:
-    """Renames tensors to the names of transformers' causal models. Every model has embeddings. The
-    prefix of their name tells which of the three kinds of names the file uses."""
+    """Renames tensors to the names of transformers' causal models. Every model has embeddings, and
+    their name shows which prefixes the file uses."""
     embeddings = re.compile(rf"({re.escape(PEFT_PREFIX)})?(model\.)?embed_tokens\.")
     match = next((m for m in (embeddings.match(stored.name) for stored in tensors) if m), None)
     if match is None or match[0].startswith("model."):

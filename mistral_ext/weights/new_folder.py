@@ -54,7 +54,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         _remove_if_dead(left, target.name)
     with (
         _cleaning_up_first(),
-        # Others may not read a temporary folder, so the new folder is an ordinary one inside it.
+        # Only its owner may read a temporary folder. So the new folder lies inside it, and has the
+        # usual permissions.
         tempfile.TemporaryDirectory(
             prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
         ) as temporary,
@@ -82,7 +83,7 @@ def _remove_if_dead(part: Path, name: str) -> None:
                     _log.warning("%s: removed, because the run that wrote it was killed", part)
                     return
     except FileNotFoundError:
-        return  # its run has just ended
+        return  # its run has just ended, and removed it
     except OSError:
         pass
     _log.warning("%s: another run is writing it, or was killed: then remove it", part)
