@@ -322,9 +322,10 @@ def _divide(groups: Tensor, scales: Tensor) -> Tensor:
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Chooses the scales [..., 1] for 4 bits by their squared error.
 
-    Let u be the weights of a group, and q the values to which a tried scale rounds them. The best
-    scale for these values is u.q / q.q. It leaves the squared error u.u - (u.q)^2 / q.q. So the
-    tried scale with the largest (u.q)^2 / q.q wins, and u.q / q.q of its values is returned.
+    Let u be the weights of a group, in units of `base`, and q the values to which a tried scale
+    rounds them. The best scale for these values is u.q / q.q. It leaves the squared error
+    u.u - (u.q)^2 / q.q. So the values with the largest (u.q)^2 / q.q win, and `base` times their
+    u.q / q.q is returned.
     """
     largest = torch.where(high > -low, high, low)
     base = _rounded(largest / -8, torch.bfloat16)
