@@ -72,7 +72,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
     lse.expect_contiguous();
     lse.expect_device_of(q);
     p.lse = static_cast<float*>(lse.data());
-    // A table in GPU memory is not read back, because every call would then wait.
+    // A table in GPU memory is not read back, because every call would then wait for the GPU.
     for (int64_t i = 0; !q.is_cuda() && i < p.num_sequences; ++i) {
       const int64_t position = p.sequences[i].position;
       if (position == 0) continue;

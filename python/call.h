@@ -52,7 +52,8 @@ class Call {
 
 // A list of calls on the CPU that can be run any number of times, one after another, without Python
 // between them. In a small model Python takes as long per call as a kernel, so the engine records a
-// decode step and repeats it. Only one thread at a time may run the calls.
+// decode step and repeats it. Only one thread at a time may run the calls, because all runs write
+// to the same tensors.
 class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }

@@ -29,7 +29,7 @@ void cross_entropy(py::object logits_, py::object targets_, py::object factors_,
     p.factors = static_cast<const float*>(factors.data());
   }
   p.targets = static_cast<const int64_t*>(targets.data());
-  // Targets in GPU memory are not read back, because every call would then wait.
+  // Targets in GPU memory are not read back, because every call would then wait for the GPU.
   for (int64_t i = 0; !logits.is_cuda() && i < targets.size(0); ++i) {
     if (p.targets[i] >= 0 && p.targets[i] < logits.size(1)) continue;
     fail(op, "targets has " + std::to_string(p.targets[i]) + ", expected 0 to " +

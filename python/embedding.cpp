@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kOp = "embedding";
 
 // Checks the ids of tokens in CPU memory. Ids in GPU memory are not read back, because every call
-// would then wait.
+// would then wait for the GPU.
 void check_ids(const EmbeddingParams& p) {
   if (p.tokens > 0 && p.weight.rows == 0) fail(kOp, "weight has 0 rows, expected at least 1");
   for (int64_t i = 0; i < p.tokens; ++i) {

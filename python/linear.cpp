@@ -11,8 +11,8 @@
 namespace mistral::python {
 namespace {
 
-// Prepares linear_rope. Sets the head dimension to that of the pool. Checks that each weight has
-// whole heads, and that the value has as many as the key.
+// Sets the head dimension of a call of linear_rope to that of the pool. Checks that each weight has
+// the rows of whole heads, and that wv has as many rows as wk.
 void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});
@@ -199,7 +199,6 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
 
 #ifdef MISTRAL_CUDA
 
-// Dequantises a weight on a CUDA device.
 void dequantize(py::object values, py::object scales, py::str format, py::object out_,
                 ExecutionTarget target) {
   constexpr const char* op = "dequantize";

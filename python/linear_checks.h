@@ -1,4 +1,5 @@
-// Checks of arguments that all ops with weights share.
+// Checks of weights and other arguments, for the linear ops, dequantize and embedding. The weights
+// of a call are its parts (csrc/linear.h).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,7 +15,7 @@ namespace mistral::python {
 // empty string.
 bool& exact_products();
 
-// The names by which errors call the weights of an op, and their scales.
+// The names of the weights of a call, and of their scales, in error messages.
 struct Names {
   const char* values[kMaxParts];
   const char* scales[kMaxParts];
@@ -29,7 +30,7 @@ struct Weights {
   py::list values, scales, formats;
 };
 
-// Checks weight i of a call against x [T, K], and returns it as a part (csrc/linear.h).
+// Checks weight i of a call against x [T, K], and returns it as a part.
 WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
                    const Tensor& x);
 // The same for the only weight of an op.

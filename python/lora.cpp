@@ -10,7 +10,7 @@ namespace mistral::python {
 namespace {
 
 // Checks that the int32 values of a table are `least` to `most`. Values in GPU memory are not read
-// back, because every call would then wait.
+// back, because every call would then wait for the GPU.
 void check_values(const char* op, const char* name, const Table& table, int64_t least,
                   int64_t most) {
   if (table.is_cuda()) return;

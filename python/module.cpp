@@ -42,8 +42,9 @@ WeightFormat format_of(const std::string& name) {
   fail_unknown("format", name);
 }
 
-// Takes a dtype and a number of tokens instead of a tensor, because torch.compile traces with
-// tensors that have no memory, and Tensor (tensor.h) needs an address.
+// Whether `linear` rounds activations to 8 bits (csrc/linear.h). Takes a dtype and a number of
+// tokens instead of a tensor, because torch.compile traces with tensors that have no memory, and
+// Tensor (tensor.h) needs an address.
 bool linear_rounds(const py::object& dtype, const std::string& format, int64_t tokens) {
   return cpu::linear_rounds(dtype_of(py::str(dtype)), format_of(format), tokens);
 }

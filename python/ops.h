@@ -1,4 +1,5 @@
-// The bindings of the ops. A binding checks the arguments and fills the params struct.
+// The bindings of the ops. A binding checks the arguments, fills the params struct, and starts the
+// kernel or returns a Call (call.h) that starts it.
 #pragma once
 
 #include <pybind11/pybind11.h>

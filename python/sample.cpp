@@ -38,8 +38,9 @@ void check_options(int64_t row, const SamplingOptions& o) {
   check("frequency_penalty", o.frequency_penalty, std::isfinite(o.frequency_penalty), "a number");
 }
 
-// Checks the row of the tables that each row of logits uses, and the options in it. No two rows of
-// logits may use the same row of the tables, because the call changes its noise and history.
+// Row n of the logits uses row p.rows[n] of the tables: options, noise, history and bias. Checks
+// these numbers, and the options in these rows. No two rows of logits may use the same row of the
+// tables, because each changes the noise and history in its row.
 void check_rows(const SampleParams& p, int64_t table_rows) {
   std::vector<int64_t> rows(p.rows, p.rows + p.num_rows);
   for (const int64_t row : rows) {
@@ -94,7 +95,7 @@ Call sample(py::object logits_, py::object rows_, py::object options_, py::objec
   p.num_rows = logits.size(0);
   p.vocab_size = vocab_size;
   p.stride_logits_row = logits.stride(0);
-  // Tables in GPU memory are not read back, because every call would then wait.
+  // Tables in GPU memory are not read back, because every call would then wait for the GPU.
   if (!logits.is_cuda()) check_rows(p, options.size(0));
   // Each of the two scratch arrays, weights and keys, has this many elements.
   const int64_t elements = p.num_rows * vocab_size;

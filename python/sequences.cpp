@@ -14,8 +14,8 @@ std::string at(int64_t index, const char* column, int64_t value) {
   return "sequences[" + std::to_string(index) + "]." + column + " is " + std::to_string(value);
 }
 
-// Checks that row i holds the tokens that follow the first `packed` of all `tokens` tokens. Returns
-// the end of the row's tokens.
+// Checks that the tokens of row i begin at index `packed`, where those of row i - 1 end, and that
+// they are among the `tokens` tokens of the call. Returns the index where they end.
 int64_t check_tokens(const char* op, int64_t i, const Sequence& s, int64_t packed, int64_t tokens) {
   if (s.first_token != packed) {
     fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
@@ -45,8 +45,6 @@ bool shares_ring(const Sequence* sequences, int64_t i) {
 
 }  // namespace
 
-// The tokens of rows that share a ring are all stored before any of them attends. So no row may
-// take a slot that the first of these rows still reads.
 void check_rows(const char* op, const AttentionParams& p) {
   int64_t packed = 0, shared = 0;  // `shared`: the number of earlier rows that share row i's ring
   std::vector<std::pair<int64_t, int64_t>> rings;  // the pool rows [begin, end) of each ring
@@ -67,6 +65,8 @@ void check_rows(const char* op, const AttentionParams& p) {
                    "pool's " + std::to_string(p.pool_rows) + " rows");
     }
     shared = shares_ring(p.sequences, i) ? shared + 1 : 0;
+    // The tokens of rows that share a ring are all stored before any of them attends. So row i must
+    // not take a slot that the first of these rows still reads.
     if (shared > 0 && s.capacity <= s.position && s.capacity - shared < p.window) {
       fail(op, at(i, "capacity", s.capacity) + ", expected the window and " +
                    std::to_string(shared) + " more, one for each row before it in its ring, or " +
@@ -149,7 +149,7 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
     fail(op, "sequences has 0 rows, expected 1 or more for the " + std::to_string(tokens) +
                  " tokens of q");
   }
-  // A table in GPU memory is not read back, because every call would then wait.
+  // A table in GPU memory is not read back, because every call would then wait for the GPU.
   if (!q.is_cuda()) check_rows(op, table_params());
 }
 
@@ -180,7 +180,7 @@ const double* checked_frequencies(const Tensor& q, py::handle frequencies_) {
   frequencies.expect_contiguous();
   frequencies.expect_device_of(q);
   const auto* values = static_cast<const double*>(frequencies.data());
-  // Frequencies in GPU memory are not read back, because every call would then wait.
+  // Frequencies in GPU memory are not read back, because every call would then wait for the GPU.
   for (int64_t i = 0; !q.is_cuda() && i < frequencies.size(0); ++i) {
     if (values[i] >= 0 && values[i] <= kMaxFrequency) continue;
     fail(q.op(), "frequencies[" + std::to_string(i) + "] is " + std::to_string(values[i]) +

@@ -1,4 +1,5 @@
-// Checks of arguments that ops on sequences share.
+// Checks of arguments that ops on sequences share. csrc/common.h explains the letters of shapes,
+// csrc/ring.h the rings and the sequence table.
 #pragma once
 
 #include <optional>
@@ -10,7 +11,8 @@
 namespace mistral::python {
 
 // The arguments that rope and attention share: packed q, k and v, the two pools, the sequence table
-// and the window. The constructor checks them.
+// and the window. The constructor checks them. The batch is ragged because its sequences may have
+// different numbers of tokens.
 struct RaggedBatch {
   RaggedBatch(const char* op, Tensor q, Tensor k, Tensor v, py::handle k_pool, py::handle v_pool,
               py::handle sequences, std::optional<int64_t> window);
@@ -74,9 +76,9 @@ void check_head_dim(const Tensor& x);
 // positive.
 void expect_cuda_heads(const Tensor& q, float scale);
 
-// Checks that the sequences of a table [S, 5] hold the tokens of x (its first axis) one after
-// another. If with_positions, also checks the positions of the sequences. Does not check rings. If
-// the table is in GPU memory, checks only its shape and layout.
+// The check of the table [S, 5] for ops without rings: its sequences must hold the tokens of x (its
+// first axis) one after another. If the op uses the positions of the sequences, with_positions is
+// true, and they are checked, too. If the table is in GPU memory, checks only its shape and layout.
 void check_packed(const Tensor& x, const Table& sequences, bool with_positions);
 
 // Checks the frequencies of RoPE [D/2] for heads q [T, H, D], and returns their address.

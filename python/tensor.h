@@ -32,8 +32,8 @@ class Tensor {
   bool is_cuda() const { return device_index_ >= 0; }
   int device_index() const { return device_index_; }  // -1: the CPU
 
-  // Views count * dim columns of this matrix [T, N], from column first * dim on, as heads [T,
-  // count, dim]. Errors call the view `name`.
+  // Returns a view [T, count, dim] of `count` heads of this matrix [T, N], from head `first` on. A
+  // head has `dim` columns. Error messages call the view `name`.
   Tensor heads(const char* name, int64_t first, int64_t count, int64_t dim) const;
 
   // These throw ValueError (shape, stride) or TypeError (dtype, device). An expected size of -1

@@ -22,8 +22,8 @@ from mistral_ext.weights.safetensors_file import Writer, file_size
 def layout_of(
     config: MistralConfig, dtype: torch.dtype, quantization: Quantization
 ) -> dict[str, Weight]:
-    """Returns the weights of a quantised model by Mistral's names, on the meta device (dtypes and
-    shapes only).
+    """Returns the weights of a quantised model by Mistral's names (names.py), on the meta device
+    (dtypes and shapes only).
 
     Args:
         config: the configuration of the model.
@@ -53,15 +53,15 @@ def write_model(
     weights: Iterable[tuple[str, Weight]],
     quantization: Quantization | None = None,
 ) -> None:
-    """Writes a changed model, tensor by tensor, and copies the original's tokenizer and similar
-    files.
+    """Writes a model that was made from another one (the original), tensor by tensor. Copies the
+    tokenizer and similar files of the original.
 
     Args:
         target: the folder to make. It must not exist, or be empty.
         original: the model whose other files are copied.
         config: the configuration of the new model.
-        layout: the weights by Mistral's names, with the right dtypes and shapes. Their values are
-            not used, so they may be on the meta device.
+        layout: the weights by Mistral's names, with the right dtypes and shapes, for the header of
+            the file. Their values are not used, so they may be on the meta device.
         weights: pairs of the same names and the weights with their values, in any order.
         quantization: the formats of the weights. None: the weights are not quantised.
 

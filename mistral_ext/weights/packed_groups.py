@@ -1,5 +1,5 @@
 """Converts matrices of packed checkpoints to the formats of our kernels. Nothing is lost, except
-that scales near 0 may be rounded.
+that bfloat16 scales near 0 may be rounded, if the format has float16 scales.
 
 In GPTQ, AWQ and compressed-tensors a weight is scale * (q - zero), with a scale, and perhaps a zero
 point, for each group of neighbours in a row. The three differ in the order of bits, and in how they
@@ -27,14 +27,15 @@ _GROUPS = (128, 64, 32)  # group sizes of our formats
 # of its four bytes, _HIGH those of the values in the high halves.
 _LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
 # The number of values that are converted at a time. Intermediate results of so few values stay in
-# the caches. With 8 values of 4 bits in a word, these are fewer than 2**15 words. From 2**15 on,
-# torch splits the work among threads, which here would wait for each other longer than they work.
+# the caches. In words of 8 values these are fewer than 2**15 words. From 2**15 words on, torch
+# would use several threads, which here would wait for each other longer than they work.
 _AT_ONCE = 2**18 - 1
 # In AWQ the values of 8 rows share words, so the number of rows that are read at a time is a
 # multiple of 8.
 _ROWS = 8
-# A word of 8 values of 4 bits, each 8. If q is a value from 0 to 15, the bits of q ^ 8 are those of
-# q - 8 in two's complement, so one operation with this word converts 8 values.
+# In this int32 word each of the 8 values of 4 bits is 8. If q is a value from 0 to 15, the bits of
+# q ^ 8 are those of q - 8 in two's complement. So `^ _MIDDLES` subtracts 8 from all values of a
+# word.
 _MIDDLES = 0x88888888 - 2**32
 
 
@@ -46,16 +47,15 @@ class GroupedMatrix:
         name: the name of the matrix, for error messages.
         shape: the shape [N, K] of the matrix.
         bits: the bits of an integer, 4 or 8.
-        group: the number of integers that share a scale, neighbours in the order of `order`. It
-            divides K.
+        group: the number of integers of a row that share a scale. It divides K.
         words: a function that reads the integers of a range of rows, as [rows, K * bits / 32] int32
             words. The first integer of a word is in its lowest bits.
         scale: a function that reads the scales, [N, K / group] float16 or bfloat16.
         scale_dtype: the dtype of the scales.
         zero: a function that reads the zero points, [N, K / group] integers from 0 to 15. None: all
             zero points are 2^(bits - 1).
-        order: [K] int64, the places of the integers in a row of the file, listed group by group.
-            None: the integers of a group are stored side by side.
+        order: [K] int64, indices of stored columns: first those of group 0, then those of group 1,
+            and so on. None: the columns are stored in this order already.
     """
 
     name: str
@@ -70,10 +70,10 @@ class GroupedMatrix:
 
     @cached_property
     def form(self) -> Quantized:
-        """The matrix as `Quantized`, with values and scales on the meta device.
+        """The matrix as `Quantized`, on the meta device (dtypes and shapes only).
 
         Raises:
-            ValueError: no format has such groups or scales.
+            ValueError: the group size is no multiple of 32.
         """
         group = next((group for group in _GROUPS if self.group % group == 0), None)
         if group is None:
@@ -113,7 +113,7 @@ class GroupedMatrix:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """The argument `places` of `_reordered` that puts the integers of a row in `order`."""
+        """The argument `places` with which `_reordered` puts the integers of a row into `order`."""
         assert self.order is not None
         evens_then_odds = self.order // 2 + self.order % 2 * (len(self.order) // 2)
         eights = evens_then_odds.view(-1, 8)
@@ -202,10 +202,9 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
 
     Args:
         words: [N, K / 8], with 8 values of 4 bits each.
-        places: [K], for each value of the result the index from which it comes, in a list of the
-            row's values at even positions, followed by those at odd positions. The first K / 2
-            values of the result become the low halves of the bytes, in order. The other values
-            become the high halves.
+        places: [K], indices in a list of the row's values: first those in even columns, then those
+            in odd columns. The first K / 2 indices choose the values for the low halves of the
+            result's bytes, the others those for the high halves.
     """
     pairs = words.numpy().view(np.uint8)
     values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")

@@ -1,15 +1,15 @@
 """Reads the tensors in which GPTQ, AWQ and compressed-tensors store a matrix [N, K].
 
-A row of the matrix has G groups of values. The values of a group share a scale and a zero point.
-The sizes below are those of 4 bits, where an int32 word has 8 values. With 8 bits a word has 4.
+The matrix has a row for each of N outputs, and a column for each of K inputs. A row has G groups of
+values. The values of a group share a scale and a zero point. The sizes below are those of 4 bits,
+where an int32 word has 8 values. With 8 bits a word has 4.
 
 GPTQ has `qweight` int32 [K/8, N], where a word has 8 neighbouring values of a row of the matrix,
-`qzeros` int32 [G, N/8], `scales` [G, N], and `g_idx` int32 [K]. `g_idx` is the group of each input.
-The groups may be in any order ("act-order"). The first version of GPTQ stores each zero point minus
-1.
+`qzeros` int32 [G, N/8], `scales` [G, N], and `g_idx` int32 [K], the group of each input. The inputs
+of a group may be anywhere ("act-order"). The first version of GPTQ stores each zero point minus 1.
 
 AWQ has, in the layout of its GEMM kernel, `qweight` int32 [K, N/8], `qzeros` int32 [G, N/8] and
-`scales` [G, N]. A word has the values of 8 neighbouring outputs in another order (`_AWQ`).
+`scales` [G, N]. A word has the values of 8 neighbouring outputs, in the order `_AWQ`.
 
 compressed-tensors has, in its format "pack-quantized", `weight_packed` int32 [N, K/8],
 `weight_scale` [N, G], `weight_zero_point` int32 [N/8, G], `weight_shape` [2], and `weight_g_idx`,
@@ -59,8 +59,8 @@ def gptq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
         stored = zeros.read() + (0x11111111 if packing.zero_minus_one else 0)
         return unpack_along(stored, 1).T
 
-    # If values are symmetric, all zero points are `middle`. Some files store them as the other
-    # version of GPTQ does, so both ways are accepted.
+    # If values are symmetric, all zero points are `middle`. The first version of GPTQ stores them
+    # minus 1. Some files name the wrong version, so both numbers are accepted.
     middle = 2 ** (packing.bits - 1)
     symmetric = packing.symmetric and any(
         torch.equal(zeros.read(), _filled(zeros.shape, value, packing.bits))
@@ -94,9 +94,9 @@ def awq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
     def block(some: slice) -> Tensor:
         part = words.read()[:, some.start // _PER_WORD : some.stop // _PER_WORD]
         inputs = _transposed(_transposed(part).view(-1, _PER_WORD)).view(_PER_WORD, -1, size // 8)
-        # `inputs` is [8, rows / 8, K / 8] words. Before the swap, `inputs[i]` has the words of
-        # every eighth input from input i on, each with 8 outputs. After the swap, it has words of
-        # the outputs at place i, each with 8 neighbouring inputs.
+        # `inputs` is [8, rows / 8, K / 8] words. Before the swap, the word at [i, r, k] holds the
+        # values of input 8 k + i for 8 outputs. After the swap, it holds the values of inputs 8 k
+        # to 8 k + 7 for one of these outputs, the one at place i.
         swap_nibbles(inputs)
         out = part.new_empty(some.stop - some.start, size // _PER_WORD)
         for place, output in enumerate(_AWQ):

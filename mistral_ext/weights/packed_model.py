@@ -1,9 +1,9 @@
 """Reads the weights of a packed checkpoint, of GPTQ, AWQ, compressed-tensors or bitsandbytes.
 
-Matrices of the first three keep their numbers, as the values and scales of a `Quantized`, unless
-they are to be rounded again. Matrices of bitsandbytes are decoded as they are read. The names of
-a matrix's tensors tell whether the matrix is packed, so a checkpoint may also have matrices that
-are not packed.
+Matrices of the first three become a `Quantized` with the same numbers. If the caller wants other
+formats, they are decoded instead, and the caller rounds them. Matrices of bitsandbytes are always
+decoded as they are read. The names of a matrix's tensors tell whether the matrix is packed, so a
+checkpoint may also have matrices that are not packed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MARKS = ("qweight", "qzeros", "weight_packed", "weight.absmax", "weight.quant_m
 
 
 class PackedWeights(NamedTuple):
-    """The tensors of a checkpoint in the form that `checkpoint` reads.
+    """The tensors of a checkpoint in the form that checkpoint.py reads.
 
     Attributes:
         tensors: all tensors. A packed matrix has been replaced by its decoded `weight`, or by the
@@ -98,8 +98,8 @@ def read_packed(
                 plain = torch.empty(module.shape, dtype=dtype, device="meta")
                 found.append(_stored(weight, file, plain, partial(matrix.decoded, dtype)))
                 decoded_bytes += plain.nbytes
-        # The other tensors belong to layers that are not packed, or should not be in a packed
-        # layer. The caller refuses those that no weight has.
+        # What is left belongs to a layer that is not packed, or is unknown. The caller raises an
+        # error if a tensor is unknown.
         found += module.left.values()
     _expect_same_orders(kept)
     _say_what_changes(packing, quantization or dtype, decoded_bytes)

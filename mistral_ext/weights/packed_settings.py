@@ -69,7 +69,8 @@ def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
     """Reads how the matrices of a folder are packed. Returns None if they are not packed.
 
     Args:
-        config: the contents of a config.json whose settings are not those of this package.
+        config: the contents of a config.json, but not of a folder that this package has quantised
+            (`Quantization.from_settings` reads those).
 
     Raises:
         ValueError: the matrices are packed in a way that is not supported. The message names the

@@ -7,10 +7,10 @@ which token is chosen. Embeddings (a token reads only one row) and norms are not
 
 With 8 bits the scale is the largest magnitude / 127. 32 neighbours in a row share a scale ("q8_0",
 8.5 bits with the scales), or the whole row does ("int8", the format of older folders). Some GPUs
-multiply floating point numbers of 8 bits (e4m3). Such weights would be no better: the bytes that a
-decode step reads limit its speed, and e4m3 takes as many. With a scale for each row, e4m3 leaves 13
-times the KL divergence of "int8" on the demo (`bench/quality.py`): e4m3 spends bits on a range that
-weights do not need.
+multiply floating point numbers of 8 bits (e4m3). Weights in e4m3 would be no faster: the bytes that
+a decode step reads limit its speed, and e4m3 takes as many. They would lose more: on the demo
+model, with a scale for each row, the KL divergence with e4m3 is 13 times that with "int8"
+(`bench/quality.py`), because e4m3 spends bits on a range that weights do not need.
 
 With 4 bits values come from a table of 16 values, denser near 0, where most weights are. In
 "iq4_xs" (4.25 bits) 32 neighbours share a scale of 6 bits, and 256 neighbours share an fp16 number
@@ -45,7 +45,8 @@ from mistral_ext.ops.quantize import round_to_table
 from mistral_ext.ops.weight import FORMATS, Quantized
 from mistral_ext.weights.names import mistral_name
 
-# Formats, by the names by which callers choose them.
+# The formats that a caller's quantize="int8" or "int4" chooses. The formats "int8" and "int4" are
+# older ones.
 NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
 _OF_TABLE = ("iq4_xs", "iq4_nl")
 # The formats that `quantize` makes. Other formats come only from files.
@@ -77,7 +78,7 @@ class Quantization:
     # stays None if a whole row shares a scale.
     group: int | None = None
     output_format: str = _OUTPUT_FORMAT
-    # The formats of weights that have another format, by Mistral's names of the weights.
+    # Formats of single weights, by Mistral's names (names.py). They replace the two formats above.
     formats: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -321,9 +322,10 @@ def _divide(groups: Tensor, scales: Tensor) -> Tensor:
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Chooses the scales [..., 1] for 4 bits by their squared error.
 
-    Let u be the weights of a group, and q the values to which a tried scale rounds them. The best
-    scale for these values is u.q / q.q. It leaves the squared error u.u - (u.q)^2 / q.q. So the
-    tried scale with the largest (u.q)^2 / q.q wins, and u.q / q.q of its values is returned.
+    Let u be the weights of a group, in units of `base`, and q the values to which a tried scale
+    rounds them. The best scale for these values is u.q / q.q. It leaves the squared error
+    u.u - (u.q)^2 / q.q. So the values with the largest (u.q)^2 / q.q win, and `base` times their
+    u.q / q.q is returned.
     """
     largest = torch.where(high > -low, high, low)
     base = _rounded(largest / -8, torch.bfloat16)

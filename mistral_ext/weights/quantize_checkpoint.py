@@ -138,9 +138,9 @@ def _sensitivities(
     kept: Path,
     progress: bool,
 ) -> dict[str, float]:
-    """The loss of accuracy by 4 bits in each matrix of the layers, by Mistral's names. It is
-    measured on the calibration's tokens and kept in a folder, or on random tokens if `calibration`
-    is None."""
+    """The loss of accuracy by 4 bits in each matrix of the layers, by Mistral's names (names.py).
+    It is measured on the tokens of `calibration`, and saved in the folder `kept` for the next call.
+    If `calibration` is None, it is measured on random tokens, and not saved."""
     sensitivities = Sensitivities(weights.read, original.config)
     if calibration is not None:
         return sensitivities.measure_once(calibration, kept, progress)

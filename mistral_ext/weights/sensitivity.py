@@ -3,19 +3,19 @@ matrices get 8 bits.
 
 A change D of a matrix changes the distribution of each next token. To second order the mean KL
 divergence of the new distributions from the old ones is half of the mean, over all tokens, of
-(g . D x)^2. Here x is the input of the matrix at a token, and g is the gradient of a log-likelihood
-with respect to the output of the matrix at this token. The log-likelihood is that of tokens that
-are drawn from the model (Fisher information; SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, uses
-its diagonal).
+(g . D x)^2. Here x is the input of the matrix at a token, and g is a gradient with respect to the
+output of the matrix at this token. It is the gradient of the log-likelihood of next tokens that are
+drawn from the model. (This is the Fisher information, whose diagonal SqueezeLLM uses: Kim et al.
+2023, arXiv:2306.07629.)
 
-The formula treats the errors at different tokens as independent: each g . D x is squared on its
-own. On SmolLM2 this makes wk appear 1.3 times and wv 0.6 times as sensitive as they are. To add up
-g . D x over the tokens first, and then to square the sum, needs no such assumption, but leads to no
-better choices.
+The formula squares each g . D x on its own, so it takes the errors at different tokens as
+independent. They are not: on SmolLM2 wk appears 1.3 times as sensitive as it is, and wv 0.6 times.
+The square of the sum of g . D x over all tokens needs no such assumption, but leads to no better
+choices.
 
 A sequence is run through the model, and the gradient back, one layer at a time in float32. The
-memory holds at most two layers, or a layer and the output matrix, and the hidden states before each
-layer.
+memory holds the hidden states before each layer. In addition, it holds at most two layers, or one
+layer and the output matrix.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Sensitivities:
             ValueError: as in `measure`, or the folder belongs to another text or model, or is
                 damaged.
         """
-        # This call is only for its check of all tokens. `measure` would check the first 512.
+        # This call is only for its check of all tokens. `measure` checks only the first 512.
         embed(token_ids, self._read("tok_embeddings.weight"))
         weights = hash_of_weights(map(self._unchecked, tensor_shapes(self._config)))
         identity = f"{hash_of_text(token_ids)} {weights} {self._config}"

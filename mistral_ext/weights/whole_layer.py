@@ -1,5 +1,6 @@
-"""Runs a layer in float32 over a whole sequence. The caller gives a function that multiplies by the
-layer's matrices, so the caller sees the inputs of each matrix."""
+"""Runs a layer in float32 over a whole sequence, to calibrate (calibrate.py) or to measure
+sensitivities (sensitivity.py). The caller gives a function that multiplies by the layer's matrices,
+so the caller sees the inputs of each matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from mistral_ext import ops
 from mistral_ext.model import rope
 from mistral_ext.model.config import MistralConfig
 
-# Calibration splits a text into sequences of so many tokens. Attention does not cross sequences.
+# Calibration splits a text into sequences of so many tokens. Attention does not cross sequences, so
+# its time grows with the length of the text, and not with the square of the length.
 SEQUENCE = 1024
 
 # A function that computes the product [T, N] of an input [T, K] with the matrix of a name such as
@@ -60,8 +62,8 @@ class LayerRunner:
         Args:
             layer: float32 weights by their names in the layer. This function uses only the norms.
             h: [T, E] float32, the hidden states of a sequence before the layer.
-            product: a function that computes the products. It is called for the matrices in the
-                order of `checkpoint.tensor_shapes`, except that w2 comes last.
+            product: a function that computes the products. It is called once for each matrix, in
+                this order: wq, wk, wv, wo, w1, w3, w2.
         """
         x = self.normed(h, layer["attention_norm.weight"])
         h = h + product(self.attended(x, product), "attention.wo")
