@@ -146,7 +146,7 @@ EMBEDDING: dict[str, Schema] = {
     "dimensions": {
         "type": "integer",
         "minimum": 1,
-        "description": "the first so many numbers, and of the length 1 again",
+        "description": "how many numbers a vector keeps: the first ones, scaled to length 1",
     },
     "instruction": {"type": "string", "description": "what queries are for; documents have none"},
     "pooling": {"type": "string", "enum": ["last", "mean"], "default": "last"},
