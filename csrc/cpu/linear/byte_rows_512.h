@@ -116,7 +116,8 @@ class ByteRows {
   // The number of scales of a block.
   static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;
 
-  // Values of block 4 i + lane: [lane][i][word][low or high 4 bits][group].
+  // The values of block number 4 i + lane (see multiply_block):
+  // [lane][i][word][low or high 4 bits][group].
   __m512i values_[4][2][4][2][kGroups];
   __m512 factors_[8][kHalves][kGroups];
   __m512 minima_[8][kGroups];
@@ -132,7 +133,9 @@ class ByteRows {
     }
   };
 
-  // products = the scaled sums of block 4 i + lane.
+  // For each row and token: multiplies block number 4 i + lane of the weights by that of the
+  // activations, sums the products, and scales the sum. The name `lane` comes from the order in
+  // memory, where these values fill a 128-bit lane of vector i.
   template <int N>
   MISTRAL_SIMD void multiply_block(const ByteActivations* const (&tokens)[N], int i, int lane,
                                    __m512 (&products)[kGroups][N]) const {
