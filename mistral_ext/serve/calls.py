@@ -56,7 +56,9 @@ class Call(ABC):
         """Reads the request and sends its answer."""
 
     async def run(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
-        """Answers the request, and notes the result. If the answer fails, sends an error."""
+        """Answers the request, and writes to the log and the metrics how it ended. If `answer`
+        raises an ApiError, sends the error to the client. Other exceptions mean that the client has
+        gone, or that this code is wrong. The latter are raised."""
         record = self.record
         try:
             await self.answer(scope, receive)
