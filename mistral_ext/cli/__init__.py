@@ -51,7 +51,8 @@ def _run(argv: list[str] | None) -> int:
         if args.traceback:
             raise
         message = _one_line(error)
-        # Other errors may name arguments of the library. The user knows these as options.
+        # All errors but these two may name arguments of the library. The user knows these
+        # arguments as options.
         if not isinstance(error, OSError | ImportError):
             message = as_typed(message, args.flags)
         print(f"mistral-ext: {message}", file=sys.stderr)

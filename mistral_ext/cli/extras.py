@@ -1,4 +1,4 @@
-"""Checks for packages that come only with an extra of this package, as `mistral_ext[plot]`."""
+"""Checks for packages that come only with an extra of this package, such as "plot"."""
 
 from __future__ import annotations
 

@@ -82,9 +82,9 @@ class DraftModel:
         self._places: dict[Sequence, _Place] = {}
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Makes room in the draft model's cache for at most `MOST_ROWS` given sequences, and
-        reads their tokens. Sequences with many unread tokens are read in pieces, in total up to
-        `chunk` tokens per call.
+        """Makes room in the draft model's cache for sequences, of which there are at most
+        `MOST_ROWS`, and reads their tokens. Sequences with many unread tokens are read in pieces,
+        in total up to `chunk` tokens per call.
 
         Returns:
             The sequences that are ready for one common call of `guess`. They have room for guesses.

@@ -14,10 +14,10 @@ Otherwise one sequence that generates would hold back all that wait.
 
 from __future__ import annotations
 
-# A part may take as long as one decode step, or up to this many if more sequences wait for their
-# prompts than generate. A part of one decode step at most doubles the time between two tokens of a
-# sequence. Now and then a part takes longer than planned, because its time is predicted from that
-# of earlier parts. A part has at least one layer, even if that takes longer.
+# A part may take as long as one decode step, or as several, at most this many, if more sequences
+# wait for their prompts than generate. A part as long as one decode step at most doubles the time
+# between two tokens of a sequence. Now and then a part takes longer than planned, because its time
+# is predicted from that of earlier parts. A part has at least one layer, even if that takes longer.
 _MOST_STEPS = 4.0
 
 # A pass gets twice as many tokens as the last one only if this many layers of the last one fit into

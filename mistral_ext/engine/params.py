@@ -17,7 +17,8 @@ from typing import Any
 from mistral_ext.text.constraint import Constraint, schema_text
 
 # The most drafts (guessed tokens) that a pass checks for one completion. The pass also reads the
-# token before them. That makes 8 tokens, the most that the kernels for few tokens (gemv) take.
+# token before them. That makes 8 tokens, the most that the CPU's kernels for few tokens (gemv)
+# take.
 MOST_DRAFTS = 7
 
 
@@ -122,14 +123,14 @@ class SamplingParams:
                 raise ValueError(f"logit_bias has token id {token_id}, expected the id of a token")
 
     def _check_constraints(self) -> None:
-        """Raises TypeError or ValueError if a constraint is no text or too large, or if more than
-        one is given."""
+        """Raises TypeError or ValueError if a constraint is no text, or none that `Constraint`
+        takes, or if more than one is given."""
         given = [x for x in ("schema", "regex", "grammar") if getattr(self, x) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given, expected one of them")
         for name in given:
             self._check(name, str, "text", lambda x: True)
-        _ = self.constraint  # making the constraint also checks its size
+        _ = self.constraint  # making the constraint also checks its text
 
     def _check(self, name: str, kind: type, expected: str, valid: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

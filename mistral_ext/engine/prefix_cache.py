@@ -21,7 +21,8 @@ from mistral_ext.engine.slots import Extent, SlotPool
 
 # The least number of tokens in a piece of a prompt, unless the whole prompt is shorter. So the same
 # kernels compute all pieces. Smaller ones could get the kernels of decode steps, which round
-# differently: gemv takes up to 8 tokens, and attention on the CPU has a kernel for up to 16.
+# differently. On the CPU, gemv takes up to 8 tokens, and the kernel of attention up to 16 rows. (A
+# row is one token in one query head.)
 LEAST_PIECE = 32
 
 
@@ -184,7 +185,7 @@ def shareable_length(sequence: Sequence) -> int:
 
     At least the last `LEAST_PIECE` tokens are read, because other kernels would compute fewer.
     Tokens whose results are requested are read too. If a request sets `chunk`, its whole prompt is
-    read, in just these chunks.
+    read, in passes of so many tokens.
     """
     request = sequence.request
     if request.chunk is not None:

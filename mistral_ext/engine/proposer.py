@@ -19,7 +19,7 @@ from mistral_ext.engine.state_guesses import STATES, StateGuesses
 if TYPE_CHECKING:
     from mistral_ext.text.grammar import Matcher
 
-# The last tokens of a text may match earlier ones. A longer match counts as one of this length.
+# The last tokens of a text may match earlier ones. A match of more tokens counts as this many.
 _MOST_MATCHING = 8
 
 # Guesses have kinds. For each kind, this is the share of right guesses that is expected before any
@@ -32,9 +32,8 @@ _EXPECTED = (
     0.95,
     # A draft model guesses. There is a kind for each quarter in which its probability may lie.
     *(0.3, 0.5, 0.7, 0.9),
-    # `StateGuesses` guesses by the last 3, 2 or 1 states of the grammar. Each has four
-    # kinds: the token has just changed, or has followed these states 1, 2, or 3 or more times in a
-    # row.
+    # `StateGuesses` guesses by the last 3, 2 or 1 states of the grammar. For each of these numbers
+    # there are four kinds: the runs 0, 1, 2, and 3 or more (see `StateGuesses`).
     *(0.2, 0.4, 0.7, 0.9, 0.2, 0.4, 0.7, 0.9, 0.1, 0.2, 0.4, 0.5),
 )
 _EXPECTED_WEIGHT = 4.0

@@ -84,9 +84,9 @@ class _Step:
         if not self._can_record:
             self._step()
             return self._h, True
-        # The old recording has to go first, because Ctrl-C may interrupt `record`. If its kernels
-        # were then selected again, it would be valid again. But it does not write to the `_h` that
-        # the interrupted step has made.
+        # The old recording has to go first, because Ctrl-C may interrupt `record`. If the old
+        # kernels were then selected again, the old recording would be valid again. But it does not
+        # write to the `_h` that the interrupted step has made.
         self._recording = None
         self._recording = record(self._step, [self._token_ids])
         self._can_record = self._recording is not None

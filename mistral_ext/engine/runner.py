@@ -294,7 +294,7 @@ def choose(
 
 
 def _slots(adapters: Sequence[int], device: torch.device) -> Tensor | None:
-    """Makes a tensor of the tokens' adapters. Returns None if no token has an adapter."""
+    """Makes a tensor of the slots of adapters (-1: no adapter). Returns None if all are -1."""
     if max(adapters, default=-1) < 0:
         return None
     return torch.tensor(adapters, dtype=torch.int32, device=device)

@@ -239,8 +239,8 @@ class Scheduler:
         has it. Returns the extent (None: there is no room), and the number of its tokens that are
         exact (see `Sequence.exact`)."""
         most = self._needed(sequence)
-        # A sequence that was put back gets all slots that it can need at once. So it never has to
-        # grow, and is put back for want of room only if a sequence that came earlier grows.
+        # A sequence that was put back gets at once all slots that it can ever need. So it never has
+        # to grow, and is put back for want of room only if a sequence that came earlier grows.
         length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
         match = self.prefixes.find(sequence, self.running())
         extent = self.prefixes.extent(match, length, most)

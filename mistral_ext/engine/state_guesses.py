@@ -31,8 +31,8 @@ class StateGuesses:
         self._begin = len(ids) - len(states) + 1
         self._noted = 0
         # For the last states, 1 to STATES of them: the token that followed them the last time, and
-        # its run. The run is 0 if another token followed the time before, because a token that
-        # changes is probably content, not form.
+        # its run. A run begins at 1. But it begins at 0 if another token followed the time before,
+        # because a token that changes is probably content, not form.
         self._after: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def update(self) -> None:

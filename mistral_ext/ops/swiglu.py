@@ -1,4 +1,4 @@
-"""SwiGLU, the activation in the model's MLP."""
+"""SwiGLU, the activation in the feed-forward blocks of a model."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import Record
 from mistral_ext.serve.service import Service
 
-_CLOSED = 499  # nginx logs this status if a client hangs up; ours also if a client does not read
+# nginx logs this status if a client hangs up. We also log it if a client does not read its answer.
+_CLOSED = 499
 
 
 class Endpoint:
@@ -57,8 +58,8 @@ class Call(ABC):
 
     async def run(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
         """Answers the request, and writes to the log and the metrics how it ended. If `answer`
-        raises an ApiError, sends the error to the client. Other exceptions mean that the client has
-        gone, or that this code is wrong. The latter are raised."""
+        raises an ApiError, sends the error to the client. If the client has gone or does not read,
+        nothing more is sent. Other exceptions are raised again, and so is a cancellation."""
         record = self.record
         try:
             await self.answer(scope, receive)

@@ -51,7 +51,7 @@ _TYPES = {
     504: "server_error",
 }
 
-# This header keeps OpenAI's clients from sending a request again that would probably fail again.
+# This header keeps OpenAI's clients from repeating a request, which would probably fail again.
 _NO_RETRY = {"x-should-retry": "false"}
 
 

@@ -89,7 +89,7 @@ _MOST_INPUTS = 2048
 
 def _one_or_several(**limits: int) -> Schema:
     """The schema of one input (a text or a list of token ids) or of a list of inputs, all of one
-    kind. `limits` apply to the list of inputs, such as maxItems."""
+    kind. `limits`, such as maxItems, apply to the list of inputs."""
     text: Schema = {"type": "string", "minLength": 1}
     several = [
         {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)

@@ -235,7 +235,7 @@ def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], N
 
     host, port = settings.host, settings.port
     if is_own:
-        with bind(host, port) as listener:  # a trial: raises OSError with the reason
+        with bind(host, port) as listener:  # a trial: an OSError says why it fails
             host, port = listener.getsockname()[:2]
     elif not has_proxies and port == 0:
         raise ValueError("--port is 0, expected 1 to 65535 on a cluster of several machines")

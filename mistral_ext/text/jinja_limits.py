@@ -21,8 +21,8 @@ MAX_SECONDS = 10.0
 MAX_MADE = 2**24
 MAX_MADE_PER_CHARACTER = 64
 
-_MAX_ARGUMENT = 1_000_000  # the largest number that a template may pass to a function or filter
-_MAX_BITS = 2048  # the most bits of a number that a template may make
+_MAX_ARGUMENT = 1_000_000  # the largest integer that a template may pass to a function or filter
+_MAX_BITS = 2048  # the most bits of an integer that a template may make
 ITEM = 16  # an element of a list or dict counts as this many characters
 
 

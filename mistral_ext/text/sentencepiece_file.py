@@ -68,7 +68,7 @@ def sentencepiece_vocabulary(
     is_replaced = pieces[unknown] != processor.id_to_piece(unknown)
     if not any(map(processor.is_byte, range(base_size))) and not is_replaced:
         # Without tokens of bytes the unknown token stands for characters of a text. They must not
-        # vanish, so the token is shown, unless an added token has taken its id.
+        # vanish, so the token is shown, unless an added token replaces it.
         control.discard(unknown)
         token_bytes[unknown] = processor.decode([unknown]).encode("utf-8")  # " ⁇ "
     names = {piece: i for i, piece in pieces.items()}

@@ -13,8 +13,8 @@ columns, and R[:b, b] is the part of R above it. One product, with R[:b, b] R[b,
 the errors of earlier blocks. Within the block a kernel compensates the errors column by column,
 with R[b, b]^-1.
 
-Of a symmetric matrix only the lower triangle is computed, which halves the work. Blocks on the
-diagonal are computed whole (`_ROWS` says why).
+Of a symmetric matrix only the lower triangle is computed, which halves the work. One product
+computes a block of `_ROWS` rows, so the blocks on the diagonal are computed whole.
 """
 
 from __future__ import annotations
