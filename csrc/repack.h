@@ -15,7 +15,7 @@ enum class BlockType { q4_0, q4_1, q5_0, q8_0, q3_k, q4_k, q5_k, q6_k, iq4_nl, i
 
 struct BlockInfo {
   const char* name;  // ggml's name of the type
-  int64_t values;    // neighbouring values of a row in a block, and of a group of the result
+  int64_t values;    // neighbouring values of a row in a block; a group of the result has as many
   int64_t bytes;
   WeightFormat format;
 };

@@ -9,8 +9,8 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 // The most values of a task. (A task has whole rows, so a single row may have more.) A smaller task
-// is not worth waking another thread for: in that time, one thread reads this many values. A decode
-// step of 8 tokens of Mistral 7B is just one task, which the caller runs.
+// is not worth another thread: while that thread wakes up, the caller reads as many values. A
+// decode step of 8 tokens of Mistral 7B is just one task, which the caller runs.
 constexpr int64_t kTaskValues = 1 << 15;
 
 // Puts 8 unpacked vectors into the order of the row. Before, lane l of vector i is value i of word

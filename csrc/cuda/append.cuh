@@ -1,6 +1,6 @@
-// The place in a ring where the key and value of a new token are stored. rope stores tokens before
-// attention. If a token replaces one that attention still reads, attention itself stores it
-// afterwards (ring.h).
+// The place in a ring where the key and value of a new token are stored. rope stores a token before
+// attention, unless attention still reads the token that it replaces. Then attention itself stores
+// it afterwards (ring.h).
 #pragma once
 
 #include "../ring.h"

@@ -26,8 +26,8 @@ __device__ __forceinline__ uint64_t turns_per_position(double radians) {
 // The cosine and sine of an angle, which is a 64-bit fraction of a turn.
 __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
   // Splits the angle into the nearest multiple of a quarter turn and a rest of at most an eighth of
-  // a turn. The rest is exact until it is rounded to a float, so even a sine or cosine near
-  // 0 has about the precision of a float.
+  // a turn. The rest is exact until it is rounded to a float, so even a sine or cosine near 0 has
+  // about the precision of a float.
   const uint64_t quarter = (turns + (uint64_t{1} << 61)) >> 62;
   const auto rest = static_cast<int64_t>(turns - (quarter << 62));
   float sine, cosine;

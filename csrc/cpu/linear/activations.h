@@ -75,8 +75,8 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
   }
 }
 
-// The chunk type that unpacks and multiplies a format in the gemv kernels (formats.h,
-// gemv_chunks.h), for activations of type T that are not rounded to bytes.
+// The type that selects the gemv kernels of a format, for activations of type T that are not
+// rounded to bytes. It is a chunk type (formats.h) or, in some files gemv_*.h, a tag in its place.
 template <WeightFormat format, class T>
 struct FewChunkOf {
   // Integers of 16 bits would lose bits of activations in fp32.

@@ -168,7 +168,7 @@ struct ByteChunk : ByteVectors<format> {
     return Ints{_mm512_shuffle_epi32(blocks, _MM_PERM_DDCC)} << kOffsetLog2;
   }
 
-  // Finds the further word of each word of the mixed vectors, and puts it in the same lane.
+  // Finds the further word of each word of the mixed vectors, and puts it at this word's place.
   MISTRAL_SIMD static void mix_further(const char* const (&words)[kRows], int i,
                                        __m512i (&mixed)[kRows]) {
     const char* all[kRows];  // the further words of the super-block of each row
@@ -239,9 +239,9 @@ struct ByteRow : ByteVectors<format> {
         sums[i] = broadcast_int(0);
         if (kOffsetLog2 != 0) {
           // `sums` start with a number for each half block: minus the offset of the values, times
-          // the sum of the activations. `added` adds up all places of a half block, so the mask
-          // keeps the number at one of them. The mask is a vector, because a mask register would be
-          // loaded again in each iteration.
+          // the sum of the activations. `added` adds up all places of a block (in q6_k, of a half
+          // block), so the mask keeps each number at only one of them. The mask is a vector,
+          // because a mask register would be loaded again in each iteration.
           const auto mask = [](int lane) {
             return kScalesOfHalves ? -(lane % 2 == 0) : -(lane % 4 >= 2);
           };
@@ -295,8 +295,8 @@ struct ByteRow : ByteVectors<format> {
     return pairs + swap_neighbours(pairs);
   }
 
-  // Finds the further word of each of 16 words, and puts it in the same lane. `all` points to the
-  // further words of the super-block.
+  // Finds the further word of each of 16 words, and puts it at this word's place. `all` points to
+  // the further words of the super-block.
   MISTRAL_SIMD static __m512i further_words(const char* all, int i) {
     if (kBits == 5) {
       const __m512i words = _mm512_castsi256_si512(load_32(all));

@@ -1,8 +1,8 @@
 // 256 values of 32 rows as operands of products of bytes, for many tokens on AVX-512 with VNNI.
 // Each 32-bit lane of a vector has a row of its own and holds four neighbouring bytes of it. A word
-// of activations is broadcast to all lanes. So sums need no swaps as in mixed_rows.h, and one load
-// of weights serves several tokens. Rows must be rearranged for this, which pays with many tokens
-// only.
+// of activations is broadcast to all lanes. So sums need no swaps, unlike those of mixed_rows.h,
+// and one load of weights serves several tokens. Rows must be rearranged for this, which pays with
+// many tokens only.
 #pragma once
 
 #include "byte_chunk.h"

@@ -44,7 +44,8 @@ constexpr int kPrefillRows = 128;  // query rows of a tile
 // The index of the first tile of a sequence, among the tiles of all sequences for one key/value
 // head. The host sizes the grid, but the table with the sequences' lengths is on the device. So
 // tiles are numbered by a formula whose largest value the host knows. It gives every sequence as
-// many indices as it has tiles, or one more. A block whose tile has no row does nothing.
+// many indices as it has tiles, or one more: c rows from row f on need ceil(c / kRows) indices, and
+// get floor((f + c) / kRows) - floor(f / kRows) + 1. A block whose tile has no row does nothing.
 template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
   return first_token * group / kRows + sequence;

@@ -50,7 +50,7 @@ class LaneRows {
  private:
   // Loads the elements of a row that the lane needs in a step. The first of them is element k.
   __device__ __forceinline__ uint4 load_step(const uint4* row, int k) const {
-    if constexpr (W::kHalfSteps) {  // in such formats K is a number of whole chunks, so k < K
+    if constexpr (W::kHalfSteps) {  // in such formats rows have whole chunks only, so k < K
       const auto* const from = reinterpret_cast<const uint2*>(row) + static_cast<uint32_t>(k) / 4;
       const auto load8 = [](const uint2* at) {
         return kNormalised ? ld_shared_8(at) : load_global(at);

@@ -1,8 +1,8 @@
 // Reads the scales of groups in the layouts of the formats (csrc/formats.h). There is a type for
-// each layout. Its constructor takes the address of the scales, in shared memory or in registers.
-// `next(i)` returns a Scaling. PlainScales and PairedScales ignore i, and return the Scaling of one
-// group after another. So callers must go in the order of the values. In the other types, a group
-// has 256 values and several Scalings, and `next(i)` returns number i.
+// each layout. Its constructor takes the address of the scales, in shared memory or in a local
+// array. `next(i)` returns a Scaling. PlainScales and PairedScales ignore i, and return the Scaling
+// of one group after another. So callers must go in the order of the values. In the other types, a
+// group has 256 values and several Scalings, and `next(i)` returns number i.
 #pragma once
 
 #include <cstdint>
