@@ -6,8 +6,8 @@ import math
 import os
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUPS = Path("/proc/self/cgroup")
+from mistral_ext.control_groups import OWN, ROOT, control_groups
+
 _PROCESSORS = Path("/sys/devices/system/cpu")
 
 
@@ -56,7 +56,7 @@ def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None
     return len(siblings) or None
 
 
-def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | None:
+def container_cores(root: Path = ROOT, own: Path = OWN) -> int | None:
     """Returns the processor time that Linux allows this process's control groups, as a number of
     cores, rounded up.
 
@@ -65,30 +65,12 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
     the most by this.
 
     Args:
-        root: the folder in which control groups are mounted, version 2 or 1.
-        own: the file that lists the groups of this process.
+        root, own: as in `control_groups`.
 
     Returns:
         The number of cores, or None if there is no limit, or no limit that can be read.
     """
-    try:
-        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
-    except OSError:
-        return None
-    limits = []
-    for controllers, group in groups:
-        version_1 = "cpu" in controllers.split(",")
-        if controllers and not version_1:
-            continue
-        mount = root / "cpu" if version_1 else root
-        # A parent's limit also holds for its children, so all folders up to the mount are read. In
-        # a container the mount itself may be the container's group. Then the folders below it do
-        # not exist, and set no limit.
-        folder = mount / group.lstrip("/")
-        for place in (folder, *folder.parents):
-            limits.append(_quota(place, version_1))
-            if place == mount:
-                break
+    limits = [_quota(*group) for group in control_groups("cpu", root, own)]
     cores = [limit for limit in limits if limit is not None]
     return math.ceil(min(cores)) if cores else None
 

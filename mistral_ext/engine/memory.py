@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mistral_ext.control_groups import OWN, ROOT, control_groups
 from mistral_ext.engine.slots import slots_needed
 from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 
@@ -51,13 +52,15 @@ def default_slots(
     return min(wanted, max(LEAST_CACHE_TOKENS, room))
 
 
-def available_memory() -> int:
+def available_memory(root: Path = ROOT, own: Path = OWN) -> int:
     """The bytes that this process may still use, as its system or container reports. Where there is
-    no report, the result is a guess."""
-    available = _meminfo("MemAvailable")
-    group = _control_group()
-    left = None if group is None else _left_of_group(group)
-    return available if left is None else min(available, left)
+    no report, the result is a guess.
+
+    Args:
+        root, own: as in `control_groups`.
+    """
+    left = [_left_of_group(*group) for group in control_groups("memory", root, own)]
+    return min([_meminfo("MemAvailable"), *(bytes_ for bytes_ in left if bytes_ is not None)])
 
 
 def _meminfo(name: str) -> int:
@@ -70,28 +73,19 @@ def _meminfo(name: str) -> int:
     return 2**33  # bytes: a guess where there is no such file, as on systems other than Linux
 
 
-def _control_group() -> Path | None:
-    """The folder of this process' control group (cgroup version 2)."""
-    try:
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-    except OSError:
-        return None
-    return Path("/sys/fs/cgroup", group.lstrip("/"))
-
-
-def _left_of_group(group: Path) -> int | None:
-    """The bytes that a control group may still use. None: it has no limit, or does not report it.
+def _left_of_group(folder: Path, version_1: bool) -> int | None:
+    """The bytes that a control group may still use. None: it sets no limit, or does not report it.
 
     Pages of files, such as mapped weights, count as left, as in MemAvailable: the system takes them
     back if memory is short.
     """
+    names = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        if not limit.isdigit():
-            return None
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
+        # The limit is "max" if there is none. In version 1 it is then a number above all memory.
+        limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        prefix = "total_" if version_1 else ""  # in version 1 the total includes groups below
+        files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    except (OSError, ValueError):
         return None
-    files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
-    return max(0, int(limit) - used + files)
+    return max(0, limit - used + files)

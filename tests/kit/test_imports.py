@@ -22,10 +22,11 @@ _MODELS = {"model", "weights", "engine", "text", "ops"}
 MAY_IMPORT = {
     "ops": {"_C"},
     "files": set(),
+    "control_groups": set(),
     "text": {"files"},
     "model": {"ops"},
     "weights": {"ops", "model.config", "model.rope", "files"},
-    "engine": {"model", "text", "ops"},
+    "engine": {"model", "text", "ops", "control_groups"},
     "chat": {"engine", "text"},
     "vocabulary": {"model.config", "text"},
     "request_maker": {"vocabulary"} | _MODELS,
