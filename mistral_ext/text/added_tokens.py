@@ -73,11 +73,14 @@ class AddedTokens:
         prefix: if a text was cut at added tokens, the pieces that get the space that encoding puts
             before a text: "first" (only the first piece), "all", or "unspaced" (the pieces that do
             not begin with a space).
+        adds_bos: whether texts begin with the beginning-of-text token. None: the files do not say
+            it.
     """
 
     tokens: dict[int, AddedToken]
     names: dict[str, str | None]
     prefix: str
+    adds_bos: bool | None = None
 
 
 def read_added_tokens(folder: Path) -> AddedTokens:
@@ -115,7 +118,11 @@ def read_added_tokens(folder: Path) -> AddedTokens:
             _merge(tokens, [_token(entry, special) for entry in entries])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / name}: not readable as added tokens ({error})") from error
-    return AddedTokens(tokens, names, _prefix(data["tokenizer.json"], config))
+    adds_bos = config.get("add_bos_token")
+    if not isinstance(adds_bos, bool | None):
+        file = folder / "tokenizer_config.json"
+        raise ValueError(f"{file}: add_bos_token is {adds_bos!r:.60}, expected a bool")
+    return AddedTokens(tokens, names, _prefix(data["tokenizer.json"], config), adds_bos)
 
 
 def _content(token: Any) -> str | None:
