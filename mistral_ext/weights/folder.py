@@ -8,16 +8,18 @@ There are two families of folders. Hugging Face's hold ``config.json`` and ``mod
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.weights import generation_config
-from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
+from mistral_ext.weights.gguf_file import Gguf, is_gguf, part_names, read_gguf
 from mistral_ext.weights.gguf_model import gguf_config
 from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.packed_settings import Packing, method_of, packing_of
@@ -158,7 +160,7 @@ def find_gguf(path: Path) -> Path | None:
     Raises:
         ValueError: the folder holds several models in GGUF.
     """
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         return path
     if not path.is_dir() or find_weights(path) is not None:
         return None
@@ -174,16 +176,25 @@ def find_gguf(path: Path) -> Path | None:
 def is_instruct(path: Path) -> bool:
     """Whether a folder without a chat template holds a Mistral Instruct model.
 
-    It does if the name of the folder, or its hub id, contains "instruct". A model that `quantize`
-    has written may have any name, but its config.json says whether the original was such a model.
+    It does if the name of the folder or GGUF file, or its hub id, contains "instruct". A symbolic
+    link may have this name, or what it points to. A model that `quantize` has written may have any
+    name, but its config.json says whether the original was such a model.
     """
     config = path / "config.json"
     ours = read_json_object(config).get(_OWN_KEY) if config.is_file() else None
     if isinstance(ours, dict) and "instruct" in ours:
         return bool(ours["instruct"])
-    path = path.resolve()
-    in_cache = path.parent.name == "snapshots"  # path.parents[1] is then models--OWNER--NAME
-    return "instruct" in (path.parents[1] if in_cache else path).name.lower()
+    # In huggingface_hub's cache the files of a model are links, and their targets have hashes as
+    # names.
+    names = [name for one in (Path(os.path.abspath(path)), path.resolve()) for name in _names(one)]
+    return any("instruct" in name.lower() for name in names)
+
+
+def _names(path: Path) -> list[str]:
+    """The name of a path. If it lies in huggingface_hub's cache, its hub id, too, as the name of a
+    folder: models--OWNER--NAME/snapshots/REVISION holds the files of a model."""
+    folders = pairwise(path.parts)
+    return [path.name, *(folder for folder, inner in folders if inner == "snapshots")]
 
 
 def companions(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, summary, what_is_there
-from mistral_ext.weights.gguf_file import part_names
+from mistral_ext.weights.gguf_file import is_gguf, part_names
 from mistral_ext.weights.packed_settings import OWN_FILES as PACKING_FILES
 
 DEMO_NAME = "demo"
@@ -32,7 +32,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         ValueError: the path is a file of another kind.
     """
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+    if path.is_dir() or is_gguf(path):
         return path
     if path.exists():
         raise ValueError(

@@ -37,6 +37,8 @@ def test_resolve_file(tmp_path):
         resolve(tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").touch()
     assert resolve(tmp_path / "model.gguf") == tmp_path / "model.gguf"
+    (tmp_path / "sha256-0123").write_bytes(b"GGUF\3\0\0\0")
+    assert resolve(tmp_path / "sha256-0123") == tmp_path / "sha256-0123"
 
 
 @pytest.mark.parametrize(
