@@ -58,6 +58,7 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
 )
 
 _QUANT_METHOD = "mistral_ext"  # the quant_method of folders that `quantize` has written

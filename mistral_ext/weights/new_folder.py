@@ -110,8 +110,12 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def sync_files(folder: Path) -> None:
-    """Makes sure that the files in a folder, and their names, are on the disk (fsync)."""
+    """Makes sure that the files in a folder and its subfolders, and their names, are on the disk
+    (fsync)."""
     for file in folder.iterdir():
+        if file.is_dir():
+            sync_files(file)
+            continue
         with file.open("rb+") as f:
             os.fsync(f.fileno())
     sync_names(folder)

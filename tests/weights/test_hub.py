@@ -169,6 +169,7 @@ def test_download_takes_one_format_and_the_companions(tmp_path, monkeypatch, ava
 
     companions = ["config.json", "params.json", "tokenizer.model.v3", "tokenizer.json"]
     companions += ["added_tokens.json", "chat_template.jinja", "generation_config.json"]
+    companions.append("additional_chat_templates/tool_use.jinja")
     repository = [*companions, "README.md", *available]
     downloaded = []
 

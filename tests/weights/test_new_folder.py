@@ -79,6 +79,18 @@ def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what a descriptor is")
+def test_files_of_subfolders_are_on_the_disk_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+    )
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").touch()
+    assert synced[:3] == ["a", "inner", "model"]
+
+
 def test_what_signals_did_before_they_do_again(tmp_path):
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with new_folder(tmp_path / "a"):
