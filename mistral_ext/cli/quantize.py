@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     start(args)
     from mistral_ext.weights.folder import read_folder
     from mistral_ext.weights.kept import holds_work, kept_folder
-    from mistral_ext.weights.new_folder import expect_free, is_free
+    from mistral_ext.weights.new_folder import expect_replaceable, is_free
     from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
-    expect_free(Path(args.target))  # reports a folder that exists before the text is read
+    expect_replaceable(Path(args.target))  # reports a folder that exists before the text is read
     tokens = _tokens(args) if args.calibrate is not None else None
     try:
         folder = quantize_checkpoint(
