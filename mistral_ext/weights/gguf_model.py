@@ -41,6 +41,12 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
+# Settings of YaRN, and their names in Hugging Face's files.
+_YARN_NAMES = {
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 _FREQUENCY_FACTORS = "rope_freqs.weight"  # no weight, but a part of the configuration (RoPE)
 
 # dim, n_layers, n_heads, n_kv_heads and hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
@@ -205,6 +211,8 @@ class _Metadata:
     def config(self, overrides: dict[str, Any]) -> MistralConfig:
         if self._int("expert_count", 0):
             raise self._error(f"{self._prefix}.expert_count: experts are not supported")
+        if self._file.metadata.get(f"{self._prefix}.attention.causal", True) is not True:
+            raise self._error(f"{self._prefix}.attention.causal is not true: not supported")
         embeddings = self._file.tensors.get(gguf_name("tok_embeddings.weight"))
         if embeddings is None:
             raise self._error("tensor 'token_embd.weight' is missing")
@@ -264,6 +272,9 @@ class _Metadata:
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
         if factor and f"{self._prefix}.rope.scaling.type" not in self._file.metadata:
             kind = "linear"  # old files have a factor without a type
+        attention = self._number("rope.scaling.attn_factor", 1.0)
+        if attention != 1:
+            raise self._error(f"{self._prefix}.rope.scaling.attn_factor is {attention}, expected 1")
         scaling: dict[str, Any] | None = None
         if kind == "linear":
             scaling = {"rope_type": "linear", "factor": factor or 1.0}
@@ -275,6 +286,10 @@ class _Metadata:
                     "rope.scaling.original_context_length", self._int("context_length")
                 ),
             }
+            # llama.cpp's converter writes these values of the original, if it sets them.
+            for key, name in _YARN_NAMES.items():
+                if f"{self._prefix}.rope.scaling.{key}" in self._file.metadata:
+                    scaling[name] = self._number(f"rope.scaling.{key}")
         elif kind != "none":
             raise self._error(
                 f"{self._prefix}.rope.scaling.type is {kind!r}, expected none, linear or yarn"
