@@ -154,11 +154,12 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """Returns the tokens of the given types as added tokens. `ids` has the id of the token for
+        """Returns the tokens of the given types as added tokens, and the tokens of the form
+        <|name|>, of which some converters make normal tokens. `ids` has the id of the token for
         each special use, such as "eos". An id of None means that the file has no such token."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
-            if kind in types and text:
+            if (kind in types or has_control_shape(text)) and text:
                 is_control = kind in (_UNKNOWN, _CONTROL) or has_control_shape(text)
                 tokens[i] = AddedToken(i, text, is_control)
         names = {
@@ -187,7 +188,7 @@ def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: boo
     normalisation. A character without a token of its own is spelled in bytes."""
     proto = bytearray()
     for text, score, kind in pieces:
-        if kind == _USER_DEFINED and has_control_shape(text):
+        if has_control_shape(text):
             kind = _CONTROL
         data = text.encode("utf-8", "surrogateescape")
         piece = _field(1, data) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
