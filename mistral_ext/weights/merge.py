@@ -53,7 +53,7 @@ def merge_adapter(
             for another model or not supported, or a weight is too large for the dtype.
         OSError: no space is left, or another failure of the system.
     """
-    target = Path(target)
+    target = Path(target).expanduser()  # as `resolve` does with the source
     expect_replaceable(target)
     original = read_folder(resolve(source))
     form = original.quantization or original.packing or (original.gguf and "a GGUF file")

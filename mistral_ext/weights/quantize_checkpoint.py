@@ -81,7 +81,7 @@ def quantize_checkpoint(
             f"calibration is given with bits {bits!r} and group {group!r}, expected 4 and None, "
             "or a size"
         )
-    target = Path(target)
+    target = Path(target).expanduser()  # as `resolve` does with the source
     expect_replaceable(target)
     original = read_folder(resolve(source))
     if original.gguf is not None:

@@ -144,6 +144,14 @@ def test_chat_templates_in_a_subfolder_are_companions(hf_folder, tmp_path):
     assert (copied / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
+def test_paths_in_the_users_folder(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    shutil.copytree(hf_folder, tmp_path / "model")
+    assert quantize_checkpoint("~/model", "~/int8", 8) == tmp_path / "int8"
+    assert load(tmp_path / "int8")
+
+
 def test_an_instruct_model_stays_one_under_another_name(mistral_folder, tmp_path):
     """Mistral's own folders hold no chat template: only the name says what they are."""
     original = tmp_path / "Mistral-7B-Instruct-v0.2"
