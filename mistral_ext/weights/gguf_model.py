@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,9 +57,18 @@ _MISTRAL_7B = (4096, 32, 32, 8, 14336)
 _THETA_WITH_WINDOW = 1e4
 _WINDOW = 4096
 
-# Tokens that end a turn. They are looked up in the vocabulary, because the metadata of some files
-# name only the end-of-text token.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+# Tokens that end a turn or a text. They are looked up in the vocabulary, because the metadata of
+# many files name only one of them. llama.cpp ends a text at each of them, too.
+_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+)
+_CONTROL = 3  # the type of control tokens
 
 
 def gguf_name(name: str) -> str:
@@ -197,6 +207,12 @@ def gguf_config(file: Gguf, **overrides: Any) -> MistralConfig:
     return _Metadata(file).config(overrides)
 
 
+def _is_control(types: Any, token_id: int) -> bool:
+    """Whether the types of tokens in a file call a token a control token."""
+    sound = isinstance(types, np.ndarray) and token_id < len(types)
+    return sound and bool(types[token_id] == _CONTROL)
+
+
 class _Metadata:
     """Reads values from a file's metadata and checks them."""
 
@@ -309,8 +325,11 @@ class _Metadata:
         ids = [self._token("eos", 2)]
         ids += [self._token(name, ids[0]) for name in ("eot", "eom")]
         tokens = self._file.metadata.get("tokenizer.ggml.tokens")
-        if isinstance(tokens, list) and "tokenizer.ggml.eot_token_id" not in self._file.metadata:
-            ids += [tokens.index(name) for name in _TURN_ENDS if name in tokens]
+        types = self._file.metadata.get("tokenizer.ggml.token_type")
+        if isinstance(tokens, list):
+            ends = [tokens.index(name) for name in _ENDS if name in tokens]
+            # In some vocabularies "</s>" is text, a tag of HTML.
+            ids += [i for i in ends if tokens[i] != "</s>" or _is_control(types, i)]
         return list(dict.fromkeys(ids))
 
     # Values of the metadata by their keys

@@ -237,7 +237,24 @@ TOKENS = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|eot_id|>", *map(str, range(12
         ({"tokenizer.ggml.eot_token_id": 7}, (2, 7)),
         ({"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 8}, (2, 7, 8)),
         ({"tokenizer.ggml.tokens": TOKENS}, (2, 3, 4)),
-        ({"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.eot_token_id": 4}, (2, 4)),
+        ({"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.eot_token_id": 4}, (2, 4, 3)),
+        # A fine-tune in ChatML may end a text with the token of its base, as in llama.cpp.
+        (
+            {
+                "tokenizer.ggml.tokens": TOKENS,
+                "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 128],
+                "tokenizer.ggml.eos_token_id": 3,
+            },
+            (3, 4, 2),
+        ),
+        (
+            {
+                "tokenizer.ggml.tokens": TOKENS,
+                "tokenizer.ggml.token_type": [1] * 131,
+                "tokenizer.ggml.eos_token_id": 3,
+            },
+            (3, 4),
+        ),
     ],
 )
 def test_every_token_that_ends_a_turn(metadata, expected, model, tmp_path):
