@@ -29,8 +29,10 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache, or
             the hub model has no weights in a known format.
-        ValueError: the path is a file of another kind.
+        ValueError: the path is empty, or a file of another kind.
     """
+    if str(path_or_hub_id) == "":  # as a path it would be the current folder
+        raise ValueError("model is '', expected a folder, a GGUF file or a hub id")
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir() or is_gguf(path):
         return path
