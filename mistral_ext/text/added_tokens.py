@@ -103,9 +103,17 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     special: set[str | None] = set()
     for values in (data["special_tokens_map.json"], config):
         names |= {key: _content(values.get(key)) for key in _SPECIAL_KEYS if key in values}
+        names |= {
+            key: content
+            for key, token in values.items()
+            if key.endswith("_token") and (content := _content(token)) is not None
+        }
         for key in _SPECIAL_LISTS:
             listed = values.get(key) or ()
-            special.update(map(_content, listed.values() if isinstance(listed, dict) else listed))
+            if isinstance(listed, dict):  # the tokens with names of the model's own
+                names |= {name: _content(token) for name, token in listed.items()}
+            else:
+                special.update(map(_content, listed))
     special.update(names.values())
 
     tokens: dict[int, AddedToken] = {}

@@ -131,12 +131,15 @@ def test_same_text_and_ids_as_transformers(name, messages, tokenizer, oracle):
         {"bos_token": None},
         {"pad_token": {"__type": "AddedToken", **entry("<|im_end|>")}},
         {"sep_token": "|"},
+        {"call_token": "<|im_start|>"},
+        {"extra_special_tokens": {"call_token": "<|im_start|>"}},
+        {"extra_special_tokens": ["<|im_start|>"]},
     ],
 )
 def test_tokens_by_their_names(names, tmp_path):
     """What transformers gives a template under the names of special tokens."""
     source = (
-        "{% for t in [bos_token, eos_token, unk_token, pad_token, sep_token] %}"
+        "{% for t in [bos_token, eos_token, unk_token, pad_token, sep_token, call_token] %}"
         "[{{ t is defined }}{{ t }}]{% endfor %}"
     )
     folder = write_folder(tmp_path, source, **names)
