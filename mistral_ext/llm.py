@@ -60,7 +60,8 @@ def generate(
     Returns:
         The text of the completion. For a list of prompts, or with n > 1, a list of texts.
     """
-    llm = model if isinstance(model, Mistral) else _load(str(model or DEMO_MODEL))
+    model = DEMO_MODEL if model is None else model
+    llm = model if isinstance(model, Mistral) else _load(str(model))
     llm.require_tokenizer()
     texts = [
         completion.text or "" for completion in llm.generate(prompt, special_tokens, **sampling)

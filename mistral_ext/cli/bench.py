@@ -210,7 +210,7 @@ def _load(args: argparse.Namespace, weights: str | None, device: torch.device) -
 
     dtype = getattr(torch, DTYPES[weights]) if weights in DTYPES else None
     quantize = weights if weights in options.QUANTIZE else None
-    if args.model:
+    if args.model is not None:
         return Mistral.from_pretrained(args.model, device=device, dtype=dtype, quantize=quantize)
     form = None if weights in DTYPES else weights
     return random_model(args.layers or _LAYERS, form, dtype or torch.bfloat16, device)

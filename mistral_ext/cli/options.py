@@ -109,9 +109,8 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
     from mistral_ext.llm import Mistral
     from mistral_ext.weights.hub import DEMO_MODEL
 
-    return Mistral.from_pretrained(
-        args.model or DEMO_MODEL, dtype=dtype_of(args), **model_arguments(args), **more
-    )
+    model = DEMO_MODEL if args.model is None else args.model
+    return Mistral.from_pretrained(model, dtype=dtype_of(args), **model_arguments(args), **more)
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -56,15 +56,16 @@ def run(args: argparse.Namespace) -> int:
     start(args)
     from mistral_ext.weights.folder import read_folder
     from mistral_ext.weights.kept import holds_work, kept_folder
-    from mistral_ext.weights.new_folder import expect_free, is_free
+    from mistral_ext.weights.new_folder import expect_replaceable, is_free
     from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
-    expect_free(Path(args.target))  # reports a folder that exists before the text is read
+    target = Path(args.target).expanduser()
+    expect_replaceable(target)  # reports a folder that exists before the text is read
     tokens = _tokens(args) if args.calibrate is not None else None
     try:
         folder = quantize_checkpoint(
             args.source,
-            args.target,
+            target,
             args.bits,
             args.group,
             options.dtype_of(args),
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
             size=args.size,
         )
     except KeyboardInterrupt:
-        kept = kept_folder(args.target)
-        if tokens is not None and is_free(Path(args.target)) and holds_work(kept):
+        kept = kept_folder(target)
+        if tokens is not None and is_free(target) and holds_work(kept):
             print(f"mistral-ext: the same command goes on from {kept}", file=sys.stderr, end="")
         raise
     weights, form = folder / "model.safetensors", read_folder(folder).quantization

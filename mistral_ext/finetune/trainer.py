@@ -110,7 +110,7 @@ class Trainer:
         **options: Any,
     ) -> None:
         self.options = TrainingOptions(**options)
-        self.output = Path(output)
+        self.output = Path(output).expanduser()
         self._llm = llm
         self._model = llm.model
         self._show_progress = progress

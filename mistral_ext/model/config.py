@@ -185,7 +185,7 @@ class MistralConfig:
         that of ``LlamaConfig`` for Llama models. (It is not always the value of Mistral 7B.) Two
         keys are exceptions: a ``sliding_window`` of null means that there is no window, and a
         ``num_key_value_heads`` of null that there are as many key/value heads as query heads. A
-        Llama never has a window.
+        Llama never has a window, nor has a model whose ``layer_types`` are all "full_attention".
 
         Args:
             values: the contents of the file.
@@ -199,7 +199,8 @@ class MistralConfig:
         is_llama = values["model_type"] == "llama"
         _refuse_unless(values, "hidden_act", "silu", default="silu")
         _refuse_if_set(values, "attention_bias", "mlp_bias")
-        if len(set(map(str, values.get("layer_types") or ()))) > 1:
+        layer_types = set(map(str, values.get("layer_types") or ()))
+        if len(layer_types) > 1:
             raise ValueError(
                 f"layer_types is {values['layer_types']!r}, expected the same kind of attention in "
                 "every layer"
@@ -212,7 +213,7 @@ class MistralConfig:
             fields[name] = missing if value is None and key != "sliding_window" else value
         if values.get("num_key_value_heads", fields["n_kv_heads"]) is None:
             fields["n_kv_heads"] = fields["n_heads"]
-        if is_llama:
+        if is_llama or layer_types == {"full_attention"}:
             fields["sliding_window"] = None
         fields["head_dim"] = values.get("head_dim")
         rope = _hf_rope(values)

@@ -146,7 +146,8 @@ class Replica:
 
 def _load(arguments: Mapping[str, Any]) -> Mistral:
     given = dict(arguments)
-    model, dtype = given.pop("model") or DEMO_MODEL, given.pop("dtype", None)
+    model, dtype = given.pop("model"), given.pop("dtype", None)
+    model = DEMO_MODEL if model is None else model
     chosen = getattr(torch, dtype) if dtype else None
     return Mistral.from_pretrained(model, dtype=chosen, progress=False, **given)
 

@@ -74,11 +74,14 @@ class AddedTokens:
         prefix: encoding may put a space before a text. If the text was cut at added tokens, these
             pieces get the space: "first" (only the piece with which the text begins), "all", or
             "unspaced" (those that do not begin with a space).
+        adds_bos: whether texts begin with the beginning-of-text token. None: the files do not say
+            it.
     """
 
     tokens: dict[int, AddedToken]
     names: dict[str, str | None]
     prefix: str
+    adds_bos: bool | None = None
 
 
 def read_added_tokens(folder: Path) -> AddedTokens:
@@ -101,9 +104,17 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     special: set[str | None] = set()
     for values in (data["special_tokens_map.json"], config):
         names |= {key: _content(values.get(key)) for key in _SPECIAL_KEYS if key in values}
+        names |= {
+            key: content
+            for key, token in values.items()
+            if key.endswith("_token") and (content := _content(token)) is not None
+        }
         for key in _SPECIAL_LISTS:
             listed = values.get(key) or ()
-            special.update(map(_content, listed.values() if isinstance(listed, dict) else listed))
+            if isinstance(listed, dict):  # the tokens with names of the model's own
+                names |= {name: _content(token) for name, token in listed.items()}
+            else:
+                special.update(map(_content, listed))
     special.update(names.values())
 
     tokens: dict[int, AddedToken] = {}
@@ -116,7 +127,11 @@ def read_added_tokens(folder: Path) -> AddedTokens:
             _merge(tokens, [_token(entry, special) for entry in entries])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / name}: not readable as added tokens ({error})") from error
-    return AddedTokens(tokens, names, _prefix(data["tokenizer.json"], config))
+    adds_bos = config.get("add_bos_token")
+    if not isinstance(adds_bos, bool | None):
+        file = folder / "tokenizer_config.json"
+        raise ValueError(f"{file}: add_bos_token is {adds_bos!r:.60}, expected a bool")
+    return AddedTokens(tokens, names, _prefix(data["tokenizer.json"], config), adds_bos)
 
 
 def _content(token: Any) -> str | None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 TEMPLATES = ("v1", "v2", "v3")
+# llama.cpp's converter writes such a name, instead of a template, for weights in Mistral's format.
+_LLAMA_CPP_NAMES = {"mistral-v1": "v1", "mistral-v3": "v3"}
 _OVERRIDE = "; if it was trained with Mistral's chat format, pass template='v1', 'v2' or 'v3'"
 
 _TOOL_CALLS = "[TOOL_CALLS]"  # Mistral's control token before calls
@@ -163,7 +165,8 @@ def chat_template_of(
 
     If the folder's template writes conversations as mistral-common does, apart from white space,
     that of mistral-common is returned. Mistral's published templates differ from mistral-common in
-    white space, and mistral-common is right.
+    white space, and mistral-common is right. The same holds for llama.cpp's names of Mistral's
+    templates, which some GGUF files have instead of a template.
 
     Args:
         folder: the folder of the model.
@@ -186,7 +189,16 @@ def chat_template_of(
             f"{folder}: no chat template, and the name does not say Instruct: this looks like a "
             f"base model, which completes text and cannot chat{_OVERRIDE}"
         )
-    template = JinjaTemplate(*found, tokenizer)
+    path, sources = found
+    source = sources.get("default")
+    if source in _LLAMA_CPP_NAMES:
+        return _LLAMA_CPP_NAMES[source]
+    template = JinjaTemplate(path, sources, tokenizer)
+    if "{" not in template.source():
+        raise ValueError(
+            f"{path}: the chat template is {template.source()!r:.60}, expected Jinja, which writes "
+            f"messages{_OVERRIDE}"
+        )
     return tokenizer.version if _is_mistrals(template, tokenizer) else template
 
 

@@ -154,11 +154,12 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """Returns the tokens of the given types as added tokens. `ids` has the id of the token for
+        """Returns the tokens of the given types as added tokens, and the tokens of the form
+        <|name|>, of which some converters make normal tokens. `ids` has the id of the token for
         each special use, such as "eos". An id of None means that the file has no such token."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
-            if kind in types and text:
+            if (kind in types or has_control_shape(text)) and text:
                 is_control = kind in (_UNKNOWN, _CONTROL) or has_control_shape(text)
                 tokens[i] = AddedToken(i, text, is_control)
         names = {
@@ -188,7 +189,7 @@ def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: boo
     sentencepiece_model.proto."""
     proto = bytearray()
     for text, score, kind in pieces:
-        if kind == _USER_DEFINED and has_control_shape(text):
+        if has_control_shape(text):
             kind = _CONTROL
         data = text.encode("utf-8", "surrogateescape")
         # b"\x15" announces the score: field 2, a 32-bit float.

@@ -100,6 +100,7 @@ def sentencepiece_vocabulary(
         base_size=base_size,
         encode_rest=lambda text: encode(text, encode_rest),
         added=added,
+        adds_bos=added.adds_bos is not False,
     )
 
 

@@ -93,7 +93,7 @@ class Tokenizer:
         base_size: the number of ids without added tokens. A model's output matrix must have at
             least as many rows.
         adds_bos: whether encoding begins with the beginning-of-text token (true for Mistral's
-            files).
+            files, false if tokenizer_config.json has an add_bos_token of false).
         chat_templates: templates by name, if the file itself holds them, as GGUF files do. Empty:
             it holds no templates.
         adds_first_space: whether encoding puts a space before the text (true for Mistral's files).

@@ -89,8 +89,10 @@ def json_vocabulary(
         )
     if adds_bos is None:
         # Files with byte fallback (Llama 2, Mistral) have this setting elsewhere, or not at all.
-        # Their models expect the token.
-        adds_bos = not is_byte_level or bos_id in backend.encode("a").ids
+        # Their models expect the token, unless tokenizer_config.json says otherwise.
+        adds_bos = bos_id in backend.encode("a").ids or not (
+            is_byte_level or added.adds_bos is False
+        )
 
     def read_token(token_id: int) -> bytes | None:
         piece = backend.id_to_token(token_id)

@@ -8,16 +8,18 @@ There are two families of folders. Hugging Face's hold ``config.json`` and ``mod
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.weights import generation_config
-from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
+from mistral_ext.weights.gguf_file import Gguf, is_gguf, part_names, read_gguf
 from mistral_ext.weights.gguf_model import gguf_config
 from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.packed_settings import Packing, method_of, packing_of
@@ -56,6 +58,7 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
 )
 
 _QUANT_METHOD = "mistral_ext"  # the quant_method of folders that `quantize` has written
@@ -158,7 +161,7 @@ def find_gguf(path: Path) -> Path | None:
     Raises:
         ValueError: the folder holds several models in GGUF.
     """
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         return path
     if not path.is_dir() or find_weights(path) is not None:
         return None
@@ -175,18 +178,24 @@ def is_instruct(path: Path) -> bool:
     """Whether a folder or GGUF file holds a Mistral Instruct model. This counts only if the model
     has no chat template.
 
-    The answer is yes if the name of the folder or file, or a folder's hub id, contains "instruct".
-    A model that `quantize` has written may have any name, but its config.json says whether the
-    original was such a model.
+    The answer is yes if the name of the folder or file, or its hub id, contains "instruct". If the
+    path is a symbolic link, the name of the link counts, too. A model that `quantize` has written
+    may have any name, but its config.json says whether the original was such a model.
     """
     config = path / "config.json"
     ours = read_json_object(config).get(_OWN_KEY) if config.is_file() else None
     if isinstance(ours, dict) and "instruct" in ours:
         return bool(ours["instruct"])
-    path = path.resolve()
-    # The hub's cache has models--OWNER--NAME/snapshots/REVISION.
-    in_cache = path.parent.name == "snapshots"
-    return "instruct" in (path.parents[1] if in_cache else path).name.lower()
+    # In huggingface_hub's cache the files of a model are links, whose targets have hashes as names.
+    names = [name for one in (Path(os.path.abspath(path)), path.resolve()) for name in _names(one)]
+    return any("instruct" in name.lower() for name in names)
+
+
+def _names(path: Path) -> list[str]:
+    """The name of a path and, if it lies in huggingface_hub's cache, the name of the folder that
+    stands for its hub id. The cache has models--OWNER--NAME/snapshots/REVISION."""
+    folders = pairwise(path.parts)
+    return [path.name, *(folder for folder, inner in folders if inner == "snapshots")]
 
 
 def companions(folder: Path) -> list[Path]:

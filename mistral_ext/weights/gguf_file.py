@@ -111,6 +111,17 @@ class Gguf:
     tensors: Mapping[str, GgufTensor]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, according to its name or its first bytes. (In Ollama's folder
+    the name of such a file is a hash.)"""
+    if not path.is_file():
+        return False
+    if path.suffix == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def read_gguf(path: str | Path) -> Gguf:
     """Reads the metadata of a model and the places of its tensors, and checks both.
 

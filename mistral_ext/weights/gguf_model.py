@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,12 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
+# Settings of YaRN, and their names in Hugging Face's files.
+_YARN_NAMES = {
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 # Not a weight: divisors of RoPE's frequencies, which belong to the configuration.
 _FREQUENCY_FACTORS = "rope_freqs.weight"
 
@@ -51,9 +58,18 @@ _MISTRAL_7B = (4096, 32, 32, 8, 14336)
 _THETA_WITH_WINDOW = 1e4
 _WINDOW = 4096
 
-# Tokens that end a turn. They are looked up in the vocabulary, because the metadata of some files
-# name only the end-of-text token.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+# Tokens that end a turn or a text. They are looked up in the vocabulary, because the metadata of
+# many files name only one of them. llama.cpp ends a text at each of them, too.
+_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+)
+_CONTROL = 3  # the type of control tokens
 
 
 def gguf_name(name: str) -> str:
@@ -192,6 +208,12 @@ def gguf_config(file: Gguf, **overrides: Any) -> MistralConfig:
     return _Metadata(file).config(overrides)
 
 
+def _is_control(types: Any, token_id: int) -> bool:
+    """Whether the types of tokens in a file call a token a control token."""
+    sound = isinstance(types, np.ndarray) and token_id < len(types)
+    return sound and bool(types[token_id] == _CONTROL)
+
+
 class _Metadata:
     """Reads values from a file's metadata and checks them."""
 
@@ -206,6 +228,8 @@ class _Metadata:
     def config(self, overrides: dict[str, Any]) -> MistralConfig:
         if self._int("expert_count", 0):
             raise self._error(f"{self._prefix}.expert_count: experts are not supported")
+        if self._file.metadata.get(f"{self._prefix}.attention.causal", True) is not True:
+            raise self._error(f"{self._prefix}.attention.causal is not true: not supported")
         embeddings = self._file.tensors.get(gguf_name("tok_embeddings.weight"))
         if embeddings is None:
             raise self._error("tensor 'token_embd.weight' is missing")
@@ -265,6 +289,9 @@ class _Metadata:
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
         if factor and f"{self._prefix}.rope.scaling.type" not in self._file.metadata:
             kind = "linear"  # old files have a factor without a type
+        attention = self._number("rope.scaling.attn_factor", 1.0)
+        if attention != 1:
+            raise self._error(f"{self._prefix}.rope.scaling.attn_factor is {attention}, expected 1")
         scaling: dict[str, Any] | None = None
         if kind == "linear":
             scaling = {"rope_type": "linear", "factor": factor or 1.0}
@@ -276,6 +303,10 @@ class _Metadata:
                     "rope.scaling.original_context_length", self._int("context_length")
                 ),
             }
+            # llama.cpp's converter writes these values of the original, if it sets them.
+            for key, name in _YARN_NAMES.items():
+                if f"{self._prefix}.rope.scaling.{key}" in self._file.metadata:
+                    scaling[name] = self._number(f"rope.scaling.{key}")
         elif kind != "none":
             raise self._error(
                 f"{self._prefix}.rope.scaling.type is {kind!r}, expected none, linear or yarn"
@@ -296,8 +327,11 @@ class _Metadata:
         ids = [self._token("eos", 2)]
         ids += [self._token(name, ids[0]) for name in ("eot", "eom")]
         tokens = self._file.metadata.get("tokenizer.ggml.tokens")
-        if isinstance(tokens, list) and "tokenizer.ggml.eot_token_id" not in self._file.metadata:
-            ids += [tokens.index(name) for name in _TURN_ENDS if name in tokens]
+        types = self._file.metadata.get("tokenizer.ggml.token_type")
+        if isinstance(tokens, list):
+            ends = [tokens.index(name) for name in _ENDS if name in tokens]
+            # In some vocabularies "</s>" is text, a tag of HTML.
+            ids += [i for i in ends if tokens[i] != "</s>" or _is_control(types, i)]
         return list(dict.fromkeys(ids))
 
     # Values of the metadata by their keys

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, summary, what_is_there
-from mistral_ext.weights.gguf_file import part_names
+from mistral_ext.weights.gguf_file import is_gguf, part_names
 from mistral_ext.weights.packed_settings import OWN_FILES as PACKING_FILES
 
 DEMO_NAME = "demo"
@@ -29,10 +29,12 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache, or
             the hub model has no weights in a known format.
-        ValueError: the path is a file of another kind.
+        ValueError: the path is empty, or a file of another kind.
     """
+    if str(path_or_hub_id) == "":  # as a path it would be the current folder
+        raise ValueError("model is '', expected a folder, a GGUF file or a hub id")
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+    if path.is_dir() or is_gguf(path):
         return path
     if path.exists():
         raise ValueError(

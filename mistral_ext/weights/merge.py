@@ -14,7 +14,7 @@ from mistral_ext.weights.adapters import Adapter, read_adapter
 from mistral_ext.weights.checkpoint import Checkpoint, tensor_shapes
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.hub import resolve
-from mistral_ext.weights.new_folder import expect_free
+from mistral_ext.weights.new_folder import expect_replaceable
 from mistral_ext.weights.new_model import write_model
 
 # The number of rows of a weight that are merged at once. In Mistral 7B they take up to 117 MB in
@@ -53,8 +53,8 @@ def merge_adapter(
             for another model or not supported, or a weight is too large for the dtype.
         OSError: no space is left, or another failure of the system.
     """
-    target = Path(target)
-    expect_free(target)
+    target = Path(target).expanduser()  # as `resolve` does with the source
+    expect_replaceable(target)
     original = read_folder(resolve(source))
     form = original.quantization or original.packing or (original.gguf and "a GGUF file")
     if form is not None:

@@ -26,6 +26,17 @@ def expect_free(target: Path) -> None:
         raise FileExistsError(f"{str(target)!r} exists, expected a new or an empty folder")
 
 
+def expect_replaceable(target: Path) -> None:
+    """Raises FileExistsError unless `target` is absent, or an empty folder that `new_folder` can
+    replace."""
+    expect_free(target)
+    if target.exists() and (os.path.ismount(target) or target.samefile(os.curdir)):
+        raise FileExistsError(
+            f"{str(target)!r} is the current folder or a mount point, which cannot be replaced: "
+            "expected a new folder, which may lie in it"
+        )
+
+
 def is_free(target: Path) -> bool:
     """Says whether `target` is absent or an empty folder."""
     return not target.exists() or (target.is_dir() and not any(target.iterdir()))
@@ -41,13 +52,16 @@ def new_folder(target: Path) -> Iterator[Path]:
     killed run has left is removed by the next run with this target.
 
     Args:
-        target: the path of the new folder. It must not exist, or be an empty folder.
+        target: the path of the new folder. It must not exist, or be an empty folder. If it is a
+            symbolic link, the folder is made where the link points.
 
     Raises:
-        FileExistsError: `target` is a file, or a folder with something in it.
+        FileExistsError: `target` is a file, or a folder with something in it, or an empty folder
+            that cannot be replaced.
         OSError: no space is left, or another failure of the system.
     """
-    expect_free(target)
+    expect_replaceable(target)
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{target.name}.part-"
     for left in target.parent.glob(f"{glob.escape(prefix)}*"):
@@ -111,8 +125,12 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def sync_files(folder: Path) -> None:
-    """Makes sure that the files in a folder, and their names, are on the disk (fsync)."""
+    """Makes sure that the files in a folder and its subfolders, and their names, are on the disk
+    (fsync)."""
     for file in folder.iterdir():
+        if file.is_dir():
+            sync_files(file)
+            continue
         with file.open("rb+") as f:
             os.fsync(f.fileno())
     sync_names(folder)

@@ -72,7 +72,9 @@ def write_model(
     tensors = _tensors_of(layout)
     with new_folder(target) as folder:
         for file in companions(original.path):
-            shutil.copyfile(file, folder / file.name)
+            copy = folder / file.relative_to(original.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
         values = config_json(config, quantization, original.instruct)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         with Writer(folder / "model.safetensors", tensors) as writer:

@@ -15,7 +15,7 @@ from mistral_ext.weights.folder import ModelFolder, read_folder
 from mistral_ext.weights.hub import resolve
 from mistral_ext.weights.kept import kept_folder, remove_kept
 from mistral_ext.weights.mixed import Mixture, bytes_of
-from mistral_ext.weights.new_folder import expect_free
+from mistral_ext.weights.new_folder import expect_replaceable
 from mistral_ext.weights.new_model import layout_of, write_model
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.sensitivity import Sensitivities, random_tokens
@@ -81,8 +81,8 @@ def quantize_checkpoint(
             f"calibration is given with bits {bits!r} and group {group!r}, expected 4 and None, "
             "or a size"
         )
-    target = Path(target)
-    expect_free(target)
+    target = Path(target).expanduser()  # as `resolve` does with the source
+    expect_replaceable(target)
     original = read_folder(resolve(source))
     if original.gguf is not None:
         raise ValueError(

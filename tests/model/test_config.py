@@ -128,6 +128,7 @@ def test_hf_as_the_installed_transformers_writes_it(tmp_path):
         ({"torch_dtype": None}, "dtype", None),
         ({"tie_word_embeddings": True}, "tie_word_embeddings", True),
         ({"layer_types": ["sliding_attention"] * 32}, "sliding_window", 4096),
+        ({"layer_types": ["full_attention"] * 32}, "sliding_window", None),
     ],
 )
 def test_hf_variants(change, field, expected):

@@ -125,6 +125,22 @@ def test_any_mixture(parts, tokenizer, oracle):
     assert tokenizer.encode(text, bos=False, special_tokens=True) == expected
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_models_that_take_no_bos(version, tmp_path, adds_bos):
+    """Yi and its fine-tunes, for instance."""
+    folder = write_folder(tmp_path / "sentencepiece", version, add_bos_token=adds_bos)
+    oracle = AutoTokenizer.from_pretrained(folder)
+    oracle.save_pretrained(tmp_path / "json")
+    config = json.loads((tmp_path / "json" / "tokenizer_config.json").read_text())
+    (tmp_path / "json" / "tokenizer_config.json").write_text(
+        json.dumps(config | {"add_bos_token": adds_bos})
+    )
+    for written in (folder, tmp_path / "json"):
+        tokenizer = Tokenizer.from_folder(written)
+        assert tokenizer.adds_bos == adds_bos
+        assert tokenizer.encode("Hello") == oracle.encode("Hello")
+
+
 def test_vocabulary(tokenizer, version):
     base = SIZES[version]
     assert tokenizer.base_size == base
@@ -227,6 +243,11 @@ def test_a_hole_in_the_numbering(tmp_path):
         ("added_tokens.json", '{"": 32000}', "content of id 32000 is '', expected some text"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "not readable as added"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"3": {}}}', "not readable as added"),
+        (
+            "tokenizer_config.json",
+            '{"add_bos_token": "no"}',
+            "add_bos_token is 'no', expected a bool",
+        ),
         ("tokenizer.json", '{"added_tokens": [3]}', "not readable as added tokens"),
         ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],

@@ -92,9 +92,11 @@ def test_flags_of_spaces_and_beginnings(metadata, processor):
     assert tokenizer.encode("once upon") != processor.encode("once upon")
 
 
-def test_added_tokens(metadata, processor):
+@pytest.mark.parametrize("kind", [1, 3, 4, 5], ids=["normal", "control", "user", "unused"])
+def test_added_tokens(metadata, processor, kind):
+    """Old converters made <|im_end|> a token of any type. llama.cpp goes by its name, too."""
     n = processor.vocab_size()
-    more = {"<|im_end|>": 4, "<tool>": 4, "<|pad|>": 3}
+    more = {"<|im_end|>": kind, "<tool>": 4, "<|pad|>": 3}
     texts = [*metadata["tokenizer.ggml.tokens"], *more]
     types = np.array([*metadata["tokenizer.ggml.token_type"], *more.values()])
     scores = np.append(metadata["tokenizer.ggml.scores"], [0.0] * len(more))

@@ -131,12 +131,15 @@ def test_same_text_and_ids_as_transformers(name, messages, tokenizer, oracle):
         {"bos_token": None},
         {"pad_token": {"__type": "AddedToken", **entry("<|im_end|>")}},
         {"sep_token": "|"},
+        {"call_token": "<|im_start|>"},
+        {"extra_special_tokens": {"call_token": "<|im_start|>"}},
+        {"extra_special_tokens": ["<|im_start|>"]},
     ],
 )
 def test_tokens_by_their_names(names, tmp_path):
     """What transformers gives a template under the names of special tokens."""
     source = (
-        "{% for t in [bos_token, eos_token, unk_token, pad_token, sep_token] %}"
+        "{% for t in [bos_token, eos_token, unk_token, pad_token, sep_token, call_token] %}"
         "[{{ t is defined }}{{ t }}]{% endfor %}"
     )
     folder = write_folder(tmp_path, source, **names)
@@ -263,6 +266,16 @@ def test_mistrals_own_template_is_mistral_commons(version, tmp_path):
         assert isinstance(template, JinjaTemplate) if other else template == version
 
 
+def test_llama_cpps_names_of_mistrals_templates(version, tmp_path):
+    """Its converter writes them to GGUF files of weights in Mistral's format."""
+    vocabulary = Tokenizer.from_folder(write_folder(tmp_path, CHATML, version))
+    vocabulary.chat_templates = {"default": f"mistral-{version}"}
+    assert chat_template_of(tmp_path, vocabulary) == version
+    vocabulary.chat_templates = {"default": "mistral-v7"}
+    with pytest.raises(ValueError, match=r"the chat template is 'mistral-v7', expected Jinja"):
+        chat_template_of(tmp_path, vocabulary)
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -314,6 +327,7 @@ def test_the_newest_file_is_asked_first(tmp_path):
         (7, "chat_template has another form, expected"),
         ("{% if %}", "not valid Jinja: Expected an expression.*, line 1"),
         ("x" * 300_000, "has 300000 characters, expected"),
+        ("chatml", "the chat template is 'chatml', expected Jinja"),
     ],
 )
 def test_bad_template(template, message, tmp_path):

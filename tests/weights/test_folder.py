@@ -7,7 +7,7 @@ from test_config import HF_V1, PARAMS_V1, without, write
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights.checkpoint import load_weights
-from mistral_ext.weights.folder import config_json, read_folder
+from mistral_ext.weights.folder import config_json, is_instruct, read_folder
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00", '{"a": 1,}'])
@@ -100,6 +100,34 @@ def test_instruct_by_name(tmp_path, name, instruct):
     folder.mkdir(parents=True)
     write(folder, params=PARAMS_V1)
     assert read_folder(folder).instruct == instruct
+
+
+def test_instruct_by_the_name_of_a_link(tmp_path):
+    (tmp_path / "store" / "v1").mkdir(parents=True)
+    write(tmp_path / "store" / "v1", params=PARAMS_V1)
+    link = tmp_path / "Mistral-7B-Instruct"
+    link.symlink_to(tmp_path / "store" / "v1")
+    assert read_folder(link).instruct
+    assert not read_folder(tmp_path / "store" / "v1").instruct
+
+
+@pytest.mark.parametrize(
+    ("repository", "name", "instruct"),
+    [
+        ("owner--Mistral-7B", "mistral-7b-instruct.Q4_0.gguf", True),
+        ("owner--Mistral-7B-Instruct", "model.gguf", True),
+        ("owner--Mistral-7B-Instruct", "Q4_0/model.gguf", True),
+        ("owner--Mistral-7B", "model.gguf", False),
+    ],
+)
+def test_instruct_by_the_name_of_a_file_in_the_hubs_cache(tmp_path, repository, name, instruct):
+    model = tmp_path / f"models--{repository}"
+    file, target = model / "snapshots" / "abc" / name, model / "blobs" / "0123"
+    file.parent.mkdir(parents=True)
+    target.parent.mkdir()
+    target.touch()
+    file.symlink_to(target)
+    assert is_instruct(file) == instruct
 
 
 @pytest.mark.parametrize("instruct", [True, False])

@@ -237,7 +237,24 @@ TOKENS = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|eot_id|>", *map(str, range(12
         ({"tokenizer.ggml.eot_token_id": 7}, (2, 7)),
         ({"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 8}, (2, 7, 8)),
         ({"tokenizer.ggml.tokens": TOKENS}, (2, 3, 4)),
-        ({"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.eot_token_id": 4}, (2, 4)),
+        ({"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.eot_token_id": 4}, (2, 4, 3)),
+        # A fine-tune in ChatML may end a text with the token of its base, as in llama.cpp.
+        (
+            {
+                "tokenizer.ggml.tokens": TOKENS,
+                "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 128],
+                "tokenizer.ggml.eos_token_id": 3,
+            },
+            (3, 4, 2),
+        ),
+        (
+            {
+                "tokenizer.ggml.tokens": TOKENS,
+                "tokenizer.ggml.token_type": [1] * 131,
+                "tokenizer.ggml.eos_token_id": 3,
+            },
+            (3, 4),
+        ),
     ],
 )
 def test_every_token_that_ends_a_turn(metadata, expected, model, tmp_path):
@@ -294,6 +311,17 @@ def test_wrong_override_is_no_fault_of_the_file(model, tmp_path):
             },
             Yarn(8, 4096, 0.1 * float(np.log(8)) + 1),
         ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 8.0,
+                "llama.rope.scaling.original_context_length": 4096,
+                "llama.rope.scaling.yarn_attn_factor": 1.5,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+                "llama.rope.scaling.yarn_beta_slow": 2.0,
+            },
+            Yarn(8, 4096, 1.5, 16, 2),
+        ),
     ],
 )
 def test_rope_scaling(metadata, expected, model, tmp_path):
@@ -324,6 +352,8 @@ def test_factors_of_frequencies(model, tmp_path):
         ({"llama.attention.value_length": 32}, "value_length is 32, expected 64"),
         ({"llama.rope.dimension_count": 32}, "dimension_count is 32, expected 64"),
         ({"llama.expert_count": 8}, "expert_count: experts are not supported"),
+        ({"llama.attention.causal": False}, "attention.causal is not true: not supported"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5, expected 1"),
         ({"llama.attention.head_count_kv": [1, 2]}, "head_count_kv is .*, expected an integer"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope', expected none, linear or yarn"),
         ({"llama.rope.scaling.type": "yarn"}, "factor of rope_scaling is 0.0, expected a pos"),

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
+import mistral_ext
+from mistral_ext.cli import main
 from mistral_ext.weights.hub import DEMO_MODEL, resolve, resolve_adapter
 
 INDEX = "model.safetensors.index.json"
@@ -37,6 +39,8 @@ def test_resolve_file(tmp_path):
         resolve(tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").touch()
     assert resolve(tmp_path / "model.gguf") == tmp_path / "model.gguf"
+    (tmp_path / "sha256-0123").write_bytes(b"GGUF\3\0\0\0")
+    assert resolve(tmp_path / "sha256-0123") == tmp_path / "sha256-0123"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,18 @@ def test_resolve_missing_path(path, tmp_path, monkeypatch):
     assert repr(path) in str(error.value)
 
 
+def test_an_empty_name_is_neither_the_demo_nor_the_current_folder(capsys):
+    """It is that of a variable of the shell which is not set."""
+    for call in (resolve, mistral_ext.Mistral.from_pretrained):
+        with pytest.raises(ValueError, match=r"^model is '', expected a folder"):
+            call("")
+    with pytest.raises(ValueError, match=r"^model is '', expected a folder"):
+        mistral_ext.generate("Once", model="")
+    for command in (["generate", "--model", "", "Once"], ["info", "--model", ""]):
+        assert main(command) == 1
+        assert "model is '', expected a folder" in capsys.readouterr().err
+
+
 def test_resolve_offline_says_what_to_do(tmp_path):
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
     code = "from mistral_ext.weights.hub import resolve; resolve('mistralai/Mistral-7B-v0.1')"
@@ -167,6 +183,7 @@ def test_download_takes_one_format_and_the_companions(tmp_path, monkeypatch, ava
 
     companions = ["config.json", "params.json", "tokenizer.model.v3", "tokenizer.json"]
     companions += ["added_tokens.json", "chat_template.jinja", "generation_config.json"]
+    companions.append("additional_chat_templates/tool_use.jinja")
     repository = [*companions, "README.md", *available]
     downloaded = []
 

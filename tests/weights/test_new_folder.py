@@ -79,6 +79,43 @@ def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_keeps_pointing_to_the_folder(tmp_path, exists):
+    target, link = tmp_path / "other" / "model", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    if exists:
+        target.mkdir()
+    with new_folder(link) as folder:
+        (folder / "a").touch()
+    assert link.is_symlink()
+    assert [file.name for file in target.iterdir()] == ["a"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "link", "model", "other"]
+
+
+@pytest.mark.parametrize("target", ["model", "."])
+def test_a_folder_that_cannot_be_replaced_is_refused_first(tmp_path, monkeypatch, target):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model" if target == "." else tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == Path("model"))
+    message = "current folder or a mount point, which cannot be"
+    with pytest.raises(FileExistsError, match=message), new_folder(Path(target)):
+        pytest.fail("the block began")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "model"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what a descriptor is")
+def test_files_of_subfolders_are_on_the_disk_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+    )
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").touch()
+    assert synced[:3] == ["a", "inner", "model"]
+
+
 def test_what_signals_did_before_they_do_again(tmp_path):
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with new_folder(tmp_path / "a"):

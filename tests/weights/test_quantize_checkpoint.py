@@ -132,6 +132,26 @@ def test_configuration_and_companions(source, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_chat_templates_in_a_subfolder_are_companions(hf_folder, tmp_path):
+    source = shutil.copytree(hf_folder, tmp_path / "source")
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "README.md").write_text("not part of the model")
+    target = quantize_checkpoint(source, tmp_path / "int8", 8)
+    copied = target / "additional_chat_templates"
+    assert [file.name for file in copied.iterdir()] == ["tool_use.jinja"]
+    assert (copied / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
+def test_paths_in_the_users_folder(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    shutil.copytree(hf_folder, tmp_path / "model")
+    assert quantize_checkpoint("~/model", "~/int8", 8) == tmp_path / "int8"
+    assert load(tmp_path / "int8")
+
+
 def test_an_instruct_model_stays_one_under_another_name(mistral_folder, tmp_path):
     """Mistral's own folders hold no chat template: only the name says what they are."""
     original = tmp_path / "Mistral-7B-Instruct-v0.2"
