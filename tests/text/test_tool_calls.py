@@ -219,6 +219,25 @@ def test_calls_beside_a_constraint_of_the_text(tokenizers, compilers):
     assert ToolUse.of(HERMES, TOOLS, "required").constraint(text).content is None
 
 
+def test_arguments_of_a_schema_in_parts(tokenizers, compilers):
+    day = {"type": "object", "properties": {"day": {"type": "integer"}}}
+    both = {"allOf": [WEATHER["function"]["parameters"], {"$ref": "#/$defs/Day"}]}
+    defined = {"City": {"type": "string"}, "Day": day, "Both": both}
+    for parameters in (both, {"$ref": "#/$defs/Both"}):
+        parameters = {**parameters, "$defs": defined}
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        constraint = ToolUse.of(MISTRAL, [tool], "required").constraint(None)
+        for arguments, is_right in (
+            ('{"city": "Paris", "day": 3}', True),
+            ('{"city": "Paris"}', True),
+            ('{"day": 3}', False),
+            ('{"city": "Paris", "day": 3, "more": 1}', False),
+        ):
+            text = f'[{{"name": "f", "arguments": {arguments}}}]'
+            ids = [5, *tokenizers["v3"].encode(text, bos=False)]
+            assert accepts(compilers["v3"], constraint, ids) is is_right
+
+
 def test_arguments_are_free_where_a_function_says_so(tokenizers, compilers):
     free = {**WEATHER["function"], "strict": False}
     use = ToolUse.of(MISTRAL, [{"type": "function", "function": free}])
