@@ -144,15 +144,19 @@ class ToolUse:
             content: the constraint of the text. None: the text may be anything.
 
         Raises:
-            ValueError: a text that matches `content` could not be distinguished from calls.
+            ValueError: a text that matches `content` could not be distinguished from calls, or the
+                tools are nested too deep.
         """
         if content and self.form.end is not None and not self.must_call:
             raise ValueError(
                 "tools are given with a constraint of the text, expected one of them: this model "
                 "marks calls by text, which could be a part of both"
             )
-        text = None if self.must_call else content
-        return Constraint("tools", self._grammar(content is None), text)
+        try:
+            grammar = self._grammar(content is None)
+        except RecursionError:
+            raise ValueError("tools are nested too deep") from None
+        return Constraint("tools", grammar, None if self.must_call else content)
 
     def _grammar(self, is_free: bool) -> str:
         """Writes the grammar in llguidance's Lark. If `is_free` is False, @content stands for the

@@ -253,6 +253,25 @@ def test_a_schema_that_does_not_compile(compilers):
         compilers["v3"].compile(use.constraint(None))
 
 
+@pytest.mark.parametrize("template", ["v3", "hermes"])
+def test_what_is_nested_too_deep(template, tokenizers):
+    tokenizer, given = tokenizers["v3"], template
+    if template == "hermes":
+        given = JinjaTemplate(Path("x"), {"default": HERMES_TOOLS}, tokenizer)
+    schema: dict = {}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with pytest.raises(ValueError, match="tools are nested too deep"):
+        ToolUse.of(MISTRAL, [tool]).constraint(None)
+    with pytest.raises(ValueError, match="messages or tools are nested too deep"):
+        encode_chat(tokenizer, [USER], given, [tool])
+    deep = "[" * 5000 + "]" * 5000
+    message = {"role": "assistant", "content": None, "tool_calls": [call("a", "f", deep)]}
+    with pytest.raises(ValueError, match="messages or tools are nested too deep"):
+        encode_chat(tokenizer, [USER, message, USER], given)
+
+
 @pytest.mark.parametrize(
     ("tools", "choice", "problem"),
     [
@@ -347,4 +366,6 @@ def test_text_stays_text(form, text, seed):
 def test_a_call_that_is_cut_off():
     parser, _ = pushed(MISTRAL, [([5], ""), ([9], '[{"name": "f", "arguments": {"a": "b')])
     assert parser.calls[0].arguments == '{"a": "b'
-    assert parser.reason("length") == "length"
+    assert [parser.reason(reason) for reason in ("length", "stop")] == ["length", "stop"]
+    list(parser.push([10], '"}', True))
+    assert [parser.reason(reason) for reason in ("length", "stop")] == ["length", "tool_calls"]
