@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_ext.text.closed_schema import closed
+from mistral_ext.text.schema_copies import closed, without_notes
 
 MOST_BYTES = 2**16  # the most bytes of a schema, regular expression or grammar
 MOST_LEVELS = 64  # the most levels of nested brackets in such a text
@@ -76,10 +76,10 @@ def schema_text(schema: object) -> str:
 
 
 def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds llguidance's options to a schema. They replace the schema's own options, which could
-    relax the schema."""
+    """Adds llguidance's options to a schema, and leaves out notes. The options replace the schema's
+    own, which could relax the schema."""
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
-    return {**schema, "x-guidance": options}
+    return {**without_notes(schema), "x-guidance": options}
 
 
 def _levels(text: str) -> int:

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_ext.text.closed_schema import closed
 from mistral_ext.text.constraint import Constraint, guided
+from mistral_ext.text.schema_copies import closed
 
 MOST_TOOLS = 128  # OpenAI's limit
 ID_LENGTH = 9  # the number of characters in the id of a call, as Mistral writes it

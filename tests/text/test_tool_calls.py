@@ -219,6 +219,14 @@ def test_calls_beside_a_constraint_of_the_text(tokenizers, compilers):
     assert ToolUse.of(HERMES, TOOLS, "required").constraint(text).content is None
 
 
+def test_as_many_tools_as_there_may_be(compilers):
+    text = {"type": "string", "description": "What it is, and how it is given. " * 4}
+    parameters = {"type": "object", "properties": {f"p{i}": text for i in range(6)}}
+    functions = [{"name": f"f{i}", "parameters": parameters} for i in range(128)]
+    tools = [{"type": "function", "function": function} for function in functions]
+    compilers["v3"].compile(ToolUse.of(MISTRAL, tools).constraint(None))
+
+
 def test_arguments_of_a_schema_in_parts(tokenizers, compilers):
     day = {"type": "object", "properties": {"day": {"type": "integer"}}}
     both = {"allOf": [WEATHER["function"]["parameters"], {"$ref": "#/$defs/Day"}]}

@@ -1,4 +1,4 @@
-"""Closes the objects of a JSON schema: they may have no properties beside those that it lists."""
+"""Makes copies of JSON schemas: closed ones, and ones without notes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ from urllib.parse import unquote
 # Keywords whose value has schemas by name, and keywords whose value is no schema.
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NO_SCHEMA = ("const", "enum", "default", "examples", "example")
+
+# Keywords for readers. They permit and forbid nothing.
+_NOTES = (
+    *("title", "description", "default", "examples", "example"),
+    *("$comment", "deprecated", "readOnly", "writeOnly"),
+)
+# Formats that any text has. Pydantic and OpenAPI write them, and JSON Schema does not know them.
+_FREE_FORMATS = ("binary", "password", "path")
+
+
+def without_notes(schema: Any) -> Any:
+    """Returns a copy of a schema that permits the same values, without descriptions and the like.
+    It is smaller, and has no formats that say nothing about a text."""
+    if not isinstance(schema, dict):
+        return schema
+    copy = _with_inner(schema, without_notes)
+    return {
+        key: value
+        for key, value in copy.items()
+        if not (key in _NOTES or (key == "format" and value in _FREE_FORMATS))
+    }
 
 
 def closed(schema: Any) -> Any:

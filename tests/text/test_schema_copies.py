@@ -1,9 +1,10 @@
-"""Closed schemas permit what the schema permits, without properties that it does not list."""
+"""Closed schemas permit what the schema permits, without properties that it does not list. Schemas
+without notes permit the same values."""
 
 import pytest
 from jsonschema import Draft202012Validator
 
-from mistral_ext.text.closed_schema import closed
+from mistral_ext.text.schema_copies import closed, without_notes
 
 
 def listing(**properties):
@@ -71,3 +72,22 @@ def test_keywords_with_wrong_values_stay(key, wrong):
 def test_a_schema_that_is_a_part_of_itself():
     schema = {**A, "allOf": [{"$ref": "#"}]}
     assert closed(schema) == schema
+
+
+def test_notes_are_left_out():
+    notes = {"title": "T", "description": "D", "default": 1, "examples": [{"a": 1}]}
+    notes |= {"$comment": "C", "deprecated": True, "readOnly": True, "writeOnly": False}
+    schema = {"properties": {"title": {"format": "date"}, "format": TEXT}, "enum": [notes]}
+    noted = {
+        **notes,
+        "properties": {"title": {**notes, "format": "date"}, "format": {**TEXT, **notes}},
+        "enum": [notes],
+    }
+    assert without_notes(noted) == schema
+
+
+def test_formats_that_any_text_has_are_left_out():
+    for name in ("path", "password", "binary"):
+        assert without_notes({"anyOf": [{**TEXT, "format": name}]}) == {"anyOf": [TEXT]}
+    for schema in ({"format": "uri"}, {"format": 5}, {"format": ["path"]}, True, 3):
+        assert without_notes(schema) == schema
