@@ -59,3 +59,7 @@ def run(args: argparse.Namespace) -> int:
             if not interactive:
                 raise
             print()
+        except ValueError as error:  # such as a message that is too long
+            if not interactive:
+                raise
+            print(f"mistral-ext: {error}", file=sys.stderr)  # the conversation is as before

@@ -130,9 +130,9 @@ def run(args: argparse.Namespace) -> int:
         ping_seconds=args.ping_seconds,
         drain_seconds=args.drain_seconds,
         api_keys=_api_keys(args),
-        moderate=texts_of("moderate", args.moderate) if args.moderate else None,
+        moderate=None if args.moderate is None else texts_of("moderate", args.moderate),
         cors_origins=tuple(args.cors_origin),
-        log_requests=Path(args.log_requests) if args.log_requests else None,
+        log_requests=None if args.log_requests is None else Path(args.log_requests),
     )
     expect_own_names(settings.model_name, [name for name, _ in args.adapter])
     serve_ray.check(args)
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     keys = list(args.api_key)
-    if args.api_key_file:
+    if args.api_key_file is not None:
         lines = read_text_file(args.api_key_file).splitlines()
         found = [line.strip() for line in lines if line.strip()]
         if not found:

@@ -107,7 +107,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
         ApiError: 400, for a field that is wrong.
     """
     given = check_fields(body, _CHAT)
-    if "top_logprobs" in given and not given.get("logprobs"):
+    if given.get("top_logprobs") and not given.get("logprobs"):
         raise bad_request("top_logprobs is given without logprobs: true", "top_logprobs")
     logprobs = int(given.get("top_logprobs", 0)) if given.get("logprobs") else None
     asked = given.get("max_completion_tokens", given.get("max_tokens"))

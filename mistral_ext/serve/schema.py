@@ -66,9 +66,6 @@ def _check_any(value: Any, schema: Schema, name: str) -> None:
 
 def _check_object(value: dict[str, Any], schema: Schema, name: str) -> None:
     _check_between(value, len(value), schema, name, "", "maxProperties")
-    for key in schema.get("required", ()):
-        if key not in value:
-            raise bad_request(f"{_join(name, key)} is missing", _join(name, key))
     others = schema.get("additionalProperties", True)
     for key, item in value.items():
         of_key = schema.get("properties", {}).get(key, others)
@@ -78,6 +75,10 @@ def _check_object(value: dict[str, Any], schema: Schema, name: str) -> None:
             raise bad_request(text, _join(name, key), "unknown_parameter")
         if of_key is not True:
             check(item, of_key, _join(name, key))
+    # A field that is there may say why another is missing, such as a type that is not supported.
+    for key in schema.get("required", ()):
+        if key not in value:
+            raise bad_request(f"{_join(name, key)} is missing", _join(name, key))
 
 
 def _check_between(
@@ -110,7 +111,7 @@ def _wrong(value: Any, schema: Schema, name: str) -> ApiError:
 def describe(schema: Schema) -> str:
     """Describes in words what a schema expects."""
     if "anyOf" in schema:
-        return " or ".join(describe(option) for option in schema["anyOf"])
+        return " or ".join(words for option in schema["anyOf"] if (words := describe(option)))
     if "enum" in schema:
         return " or ".join(json.dumps(one) for one in schema["enum"])
     return " or ".join(_WORDS[kind](schema) for kind in _types(schema) if kind != "null")

@@ -71,9 +71,10 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # This thread prepares texts, grammars and adapters. In the event loop such work would hold
-        # up all requests.
+        # This thread prepares texts and grammars. In the event loop such work would hold up all
+        # requests. Adapters have a thread of their own, because a download may take minutes.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="adapters")
 
     def start(self) -> None:
         """Starts to serve in the running event loop."""
@@ -83,7 +84,8 @@ class Service:
     def stop(self) -> None:
         """Ends the engine's thread, after the caller has ended the requests (`end_all`)."""
         self.engine.stop()
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._tokenizing, self._loading):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     @property
     def status(self) -> str:
@@ -145,9 +147,8 @@ class Service:
 
     async def _prepare(self, work: Callable[..., _T], *args: Any, **options: Any) -> _T:
         """Calls `work` in the thread that prepares requests, and returns its result."""
-        assert self._loop
         call = functools.partial(work, *args, **options)
-        return await self._loop.run_in_executor(self._tokenizing, call)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
 
     async def encode(
         self, prompt: Any, is_chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
@@ -162,11 +163,14 @@ class Service:
 
     async def load_adapter(self, path: str, name: str) -> None:
         """Loads an adapter (see `Mistral.load_adapter`)."""
-        await self._prepare(self.llm.load_adapter, path, name)
+        await self._change_adapters(self.llm.load_adapter, path, name)
 
     async def unload_adapter(self, name: str) -> None:
         """Removes an adapter (see `Mistral.unload_adapter`)."""
-        await self._prepare(self.llm.unload_adapter, name)
+        await self._change_adapters(self.llm.unload_adapter, name)
+
+    async def _change_adapters(self, change: Callable[..., None], *args: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._loading, change, *args)
 
     async def embedding_requests(self, texts: Sequence[Any], *options: Any) -> list[Request]:
         """Makes requests to the engine for the hidden states of texts (see

@@ -225,14 +225,15 @@ def encode_chat(
 
     Raises TypeError or ValueError that says which message, or which order of roles, is wrong.
     """
-    if isinstance(template, JinjaTemplate):
-        _check_messages(messages, template, asks)
-        _check_tools(tools)
-        return template.encode(with_parsed_arguments(messages), tools, asks)
     template = template or tokenizer.version
     _check_messages(messages, template, asks)
     _check_tools(tools)
-    return _encode_with_mistral_common(tokenizer, messages, template, tools, asks)
+    try:
+        if isinstance(template, JinjaTemplate):
+            return template.encode(with_parsed_arguments(messages), tools, asks)
+        return _encode_with_mistral_common(tokenizer, messages, template, tools, asks)
+    except RecursionError:
+        raise ValueError("messages or tools are nested too deep") from None
 
 
 def tool_format(tokenizer: Tokenizer, template: ChatTemplate) -> ToolFormat | None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mistral_ext.text.schema_copies import closed, without_notes
+
 MOST_BYTES = 2**16  # the most bytes of a schema, regular expression or grammar
 MOST_LEVELS = 64  # the most levels of brackets in such a text, because its parsers recurse
 
@@ -75,22 +77,10 @@ def schema_text(schema: object) -> str:
 
 
 def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds options for llguidance to a schema. They replace any options ("x-guidance") that the
-    schema came with, because those could make the check less strict."""
+    """Adds options for llguidance to a schema, and leaves out notes. The options replace any options
+    ("x-guidance") that the schema came with, because those could make the check less strict."""
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
-    return {**schema, "x-guidance": options}
-
-
-def closed(schema: Any) -> Any:
-    """Returns a copy of a schema in which objects that list their properties may have no other
-    properties. What the schema itself says about other properties stays."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy = {key: closed(value) for key, value in schema.items()}
-    is_object = schema.get("type") == "object" and isinstance(schema.get("properties"), dict)
-    return {"additionalProperties": False, **copy} if is_object else copy
+    return {**without_notes(schema), "x-guidance": options}
 
 
 def _levels(text: str) -> int:

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_ext.text.constraint import Constraint, closed, guided
+from mistral_ext.text.constraint import Constraint, guided
+from mistral_ext.text.schema_copies import closed
 
 MOST_TOOLS = 128  # OpenAI's limit
 ID_LENGTH = 9  # the number of characters in the id of a call, as Mistral writes it
@@ -144,15 +145,19 @@ class ToolUse:
             content: the constraint of the text. None: the text may be anything.
 
         Raises:
-            ValueError: `content` is given, and text may come before calls.
+            ValueError: `content` is given, and text may come before calls. Or the tools are nested
+                too deep.
         """
         if content and self.form.end is not None and not self.must_call:
             raise ValueError(
                 "tools are given with a constraint of the text, expected one of them: this model "
                 "marks calls by text, which could be a part of both"
             )
-        text = None if self.must_call else content
-        return Constraint("tools", self._grammar(content is None), text)
+        try:
+            grammar = self._grammar(content is None)
+        except RecursionError:
+            raise ValueError("tools are nested too deep") from None
+        return Constraint("tools", grammar, None if self.must_call else content)
 
     def _grammar(self, is_free: bool) -> str:
         """Writes the grammar in llguidance's Lark. `is_free`: the text may be anything. If False,

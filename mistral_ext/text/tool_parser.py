@@ -50,8 +50,10 @@ class ToolParser:
             yield from self._more_calls()
 
     def reason(self, finish_reason: str) -> str:
-        """Why the completion ended, in OpenAI's words. `finish_reason` is the engine's reason."""
-        return "tool_calls" if self.calls and finish_reason == "stop" else finish_reason
+        """Why the completion ended, in OpenAI's words. `finish_reason` is the engine's reason. It
+        stays if a stop string cut the last call off."""
+        is_whole = self.calls and self._arguments is None
+        return "tool_calls" if is_whole and finish_reason == "stop" else finish_reason
 
     def _text(self, token_ids: Sequence[int], is_last: bool) -> Iterator[str]:
         begin = self._form.begin

@@ -552,7 +552,8 @@ def test_chat_over_several_turns(instruct):
 
 
 def test_chat_at_a_terminal(instruct):
-    """Ctrl-C breaks off a reply and not the conversation; Ctrl-D ends it."""
+    """Ctrl-C breaks off a reply, a message that is no text is refused, and neither ends the
+    conversation; Ctrl-D ends it."""
     controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "mistral_ext.cli", "chat", "--model", instruct]
     command += ["--ignore-eos", "--max-tokens", "100000"]
@@ -571,6 +572,8 @@ def test_chat_at_a_terminal(instruct):
         read_until(b"> Hello\r\n.{20}")
         process.send_signal(signal.SIGINT)
         read_until(b"> Hello\r\n.*\r\n.*> ")
+        os.write(controller, b"a\xffb\n")
+        read_until(b"mistral-ext: .* has a lone surrogate.*> ")
         os.write(controller, b"\x04")
         assert process.wait() == 0
     os.close(controller)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 
 import openai
 import pytest
@@ -16,6 +17,7 @@ from mistral_ext import Mistral
 from mistral_ext.serve.engine_thread import EngineThread
 from mistral_ext.serve.errors import ApiError
 from mistral_ext.serve.generation import Generation
+from mistral_ext.serve.log import RequestLog
 from mistral_ext.serve.metrics import Metrics
 from mistral_ext.serve.protocol import (
     completion_job,
@@ -23,6 +25,8 @@ from mistral_ext.serve.protocol import (
     moderation_requests,
     requests_of,
 )
+from mistral_ext.serve.service import Service
+from mistral_ext.serve.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +176,27 @@ def test_an_adapter_that_is_removed_before_its_request_starts_is_no_model_any_mo
 
 def expect_no_model(error):
     assert (error.status, error.param, error.code) == (404, "model", "model_not_found")
+
+
+def test_requests_do_not_wait_for_an_adapter(folder, monkeypatch):
+    """Its files may come over a network."""
+    llm, has_come = Mistral.from_pretrained(folder), threading.Event()
+    monkeypatch.setattr(llm, "load_adapter", lambda path, name: has_come.wait(60))
+
+    async def load() -> None:
+        service = Service(llm, Settings("tiny"), RequestLog(None))
+        service.start()
+        loading = asyncio.create_task(service.load_adapter("a", "a"))
+        await asyncio.sleep(0.05)
+        try:
+            assert await asyncio.wait_for(service.encode("Hi", is_chat=False), 20)
+            assert not loading.done()
+        finally:
+            has_come.set()
+            await loading
+            service.stop()
+
+    asyncio.run(load())
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,11 @@ def test_logprobs_spell_the_reply(demo):
     assert [entry for logprobs in found for entry in logprobs.content] == content
 
 
+def test_no_logprobs_may_be_asked_for_in_full(demo):
+    reply = demo.client().chat.completions.create(**OPTIONS, logprobs=False, top_logprobs=0)
+    assert reply.choices[0].logprobs is None
+
+
 def test_greedy_takes_the_most_likely_and_bias_forbids_it(demo):
     client = demo.client().chat.completions
     options = {**OPTIONS, "temperature": 0, "logprobs": True, "top_logprobs": 1}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from servers import serving
@@ -262,6 +264,17 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(browser):
         set_option(tab, "API key", "k")
         tab.get_by_role("heading", name="demo").wait_for()
         assert "k" not in tab.evaluate("JSON.parse(localStorage['mistral_ext.options'])").values()
+
+
+def test_a_reply_that_is_withheld(browser):
+    """The judge takes every content with BAD in it for harmful."""
+    judge = (sys.executable, str(Path(__file__).parent / "judging_server.py"))
+    with serving("--moderate", "output", command=judge) as server, browser.new_context() as context:
+        tab = context.new_page()
+        tab.goto(server.url)
+        say(tab, "BAD")
+        assert wait_for_replies(tab, 1) == [""]
+        assert "withheld as harmful" in tab.locator(".assistant .tools span").inner_text()
 
 
 def test_files_and_policy(demo):

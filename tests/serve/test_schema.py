@@ -46,11 +46,21 @@ def problem(value, schema) -> str | None:
         ({"a": 1}, {"type": "object", "additionalProperties": {"type": "string"}}, "x.a is 1"),
         (3, {"anyOf": [{"type": "string"}, IDS]}, "x is 3, expected text or a non-empty list"),
         ([10], {"anyOf": [{"type": "string"}, IDS]}, "x[0] is 10"),
+        (
+            {"type": "image_url", "image_url": {}},
+            fields.MESSAGES["items"]["properties"]["content"]["anyOf"][2]["items"],
+            'x.type is "image_url", expected "text"',
+        ),
     ],
 )
 def test_values(value, schema, expected):
     found = problem(value, schema)
     assert found == expected if expected is None else found.startswith(expected)
+
+
+def test_null_is_not_offered_in_the_message():
+    schema = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
+    assert problem("a", schema) == 'x is "a", expected an integer'
 
 
 def test_what_is_long_is_cut_in_the_message():

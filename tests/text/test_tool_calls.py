@@ -219,6 +219,33 @@ def test_calls_beside_a_constraint_of_the_text(tokenizers, compilers):
     assert ToolUse.of(HERMES, TOOLS, "required").constraint(text).content is None
 
 
+def test_as_many_tools_as_there_may_be(compilers):
+    text = {"type": "string", "description": "What it is, and how it is given. " * 4}
+    parameters = {"type": "object", "properties": {f"p{i}": text for i in range(6)}}
+    functions = [{"name": f"f{i}", "parameters": parameters} for i in range(128)]
+    tools = [{"type": "function", "function": function} for function in functions]
+    compilers["v3"].compile(ToolUse.of(MISTRAL, tools).constraint(None))
+
+
+def test_arguments_of_a_schema_in_parts(tokenizers, compilers):
+    day = {"type": "object", "properties": {"day": {"type": "integer"}}}
+    both = {"allOf": [WEATHER["function"]["parameters"], {"$ref": "#/$defs/Day"}]}
+    defined = {"City": {"type": "string"}, "Day": day, "Both": both}
+    for parameters in (both, {"$ref": "#/$defs/Both"}):
+        parameters = {**parameters, "$defs": defined}
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        constraint = ToolUse.of(MISTRAL, [tool], "required").constraint(None)
+        for arguments, is_right in (
+            ('{"city": "Paris", "day": 3}', True),
+            ('{"city": "Paris"}', True),
+            ('{"day": 3}', False),
+            ('{"city": "Paris", "day": 3, "more": 1}', False),
+        ):
+            text = f'[{{"name": "f", "arguments": {arguments}}}]'
+            ids = [5, *tokenizers["v3"].encode(text, bos=False)]
+            assert accepts(compilers["v3"], constraint, ids) is is_right
+
+
 def test_arguments_are_free_where_a_function_says_so(tokenizers, compilers):
     free = {**WEATHER["function"], "strict": False}
     use = ToolUse.of(MISTRAL, [{"type": "function", "function": free}])
@@ -232,6 +259,25 @@ def test_a_schema_that_does_not_compile(compilers):
     use = ToolUse.of(MISTRAL, [{"type": "function", "function": function}])
     with pytest.raises(ValueError, match=r"tools cannot be used: .*not"):
         compilers["v3"].compile(use.constraint(None))
+
+
+@pytest.mark.parametrize("template", ["v3", "hermes"])
+def test_what_is_nested_too_deep(template, tokenizers):
+    tokenizer, given = tokenizers["v3"], template
+    if template == "hermes":
+        given = JinjaTemplate(Path("x"), {"default": HERMES_TOOLS}, tokenizer)
+    schema: dict = {}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with pytest.raises(ValueError, match="tools are nested too deep"):
+        ToolUse.of(MISTRAL, [tool]).constraint(None)
+    with pytest.raises(ValueError, match="messages or tools are nested too deep"):
+        encode_chat(tokenizer, [USER], given, [tool])
+    deep = "[" * 5000 + "]" * 5000
+    message = {"role": "assistant", "content": None, "tool_calls": [call("a", "f", deep)]}
+    with pytest.raises(ValueError, match="messages or tools are nested too deep"):
+        encode_chat(tokenizer, [USER, message, USER], given)
 
 
 @pytest.mark.parametrize(
@@ -328,4 +374,6 @@ def test_text_stays_text(form, text, seed):
 def test_a_call_that_is_cut_off():
     parser, _ = pushed(MISTRAL, [([5], ""), ([9], '[{"name": "f", "arguments": {"a": "b')])
     assert parser.calls[0].arguments == '{"a": "b'
-    assert parser.reason("length") == "length"
+    assert [parser.reason(reason) for reason in ("length", "stop")] == ["length", "stop"]
+    list(parser.push([10], '"}', True))
+    assert [parser.reason(reason) for reason in ("length", "stop")] == ["length", "tool_calls"]

@@ -195,7 +195,8 @@ async function write(message, messages, element, signal) {
 function describe(usage, seconds, reason) {
   const count = usage.completion_tokens;
   const speed = seconds > 0 ? `, ${((count - 1) / seconds).toFixed(1)} tokens/s` : "";
-  return `${count} tokens${speed}${reason === "length" ? ", cut at the limit" : ""}`;
+  const end = { length: ", cut at the limit", content_filter: ", withheld as harmful" }[reason] ?? "";
+  return `${count} tokens${speed}${end}`;
 }
 
 function isAtEnd() {

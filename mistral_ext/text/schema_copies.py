@@ -1,0 +1,157 @@
+"""Makes copies of JSON schemas: closed ones, and ones without notes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+# Keywords whose value has schemas by name, and keywords whose value is no schema.
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_NO_SCHEMA = ("const", "enum", "default", "examples", "example")
+
+# Keywords for readers. They permit and forbid nothing.
+_NOTES = (
+    *("title", "description", "default", "examples", "example"),
+    *("$comment", "deprecated", "readOnly", "writeOnly"),
+)
+# Formats that any text has. Pydantic and OpenAPI write them, and JSON Schema does not know them.
+_FREE_FORMATS = ("binary", "password", "path")
+
+
+def without_notes(schema: Any) -> Any:
+    """Returns a copy of a schema that permits the same values, without descriptions and the like.
+    It is smaller, and has no formats that say nothing about a text."""
+    if not isinstance(schema, dict):
+        return schema
+    copy = _with_inner(schema, without_notes)
+    return {
+        key: value
+        for key, value in copy.items()
+        if not (key in _NOTES or (key == "format" and value in _FREE_FORMATS))
+    }
+
+
+def closed(schema: Any) -> Any:
+    """Returns a copy of a schema in which objects that list their properties may have no other
+    properties. What the schema itself says about other properties stays.
+
+    An object may have several schemas that list properties, as with allOf, or with a $ref beside
+    properties. If each of them were closed, it would forbid the properties of the others. So they
+    stay open, and the schema that combines them lists all their properties and is closed.
+    """
+    return _Closing(schema).copy(schema)
+
+
+class _Closing:
+    """Makes the copy for `closed`. `root` is the whole schema."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._lists: dict[int, bool] = {}  # what `_lists_some` found, by the id of the schema
+        self._parts: set[int] = set()  # the ids of schemas that others combine
+        self._find_parts(root)
+
+    def copy(self, schema: Any) -> Any:
+        """Returns the copy of a schema inside of `root`."""
+        if not isinstance(schema, dict):
+            return schema
+        copy = _with_inner(schema, self.copy)
+        listing = self._listing(schema)
+        if id(schema) in self._parts or (listing == 1 and not _dict_in(schema, "properties")):
+            return copy  # the schema that combines it is closed instead, or its only part
+        if listing > 1:
+            names = self._names(schema, set())
+            if names is None:
+                return copy
+            own = _dict_in(copy, "properties")
+            copy["properties"] = {**own, **{name: {} for name in names if name not in own}}
+        elif not (schema.get("type") == "object" and isinstance(schema.get("properties"), dict)):
+            return copy
+        return {"additionalProperties": False, **copy}
+
+    def _find_parts(self, schema: Any) -> Any:
+        if isinstance(schema, dict):
+            if self._listing(schema) > 1:
+                self._add_parts(schema)
+            _with_inner(schema, self._find_parts)
+        return schema
+
+    def _add_parts(self, schema: Mapping[str, Any]) -> None:
+        for group in self._groups(schema):
+            for part in group:
+                if id(part) not in self._parts:
+                    self._parts.add(id(part))
+                    self._add_parts(part)
+
+    def _listing(self, schema: Mapping[str, Any]) -> int:
+        """How many of the schemas that a value must match at the same time list properties."""
+        groups = sum(any(map(self._lists_some, group)) for group in self._groups(schema))
+        return groups + bool(_dict_in(schema, "properties"))
+
+    def _lists_some(self, schema: Mapping[str, Any]) -> bool:
+        if id(schema) not in self._lists:
+            self._lists[id(schema)] = False  # in case that the schema refers to itself
+            self._lists[id(schema)] = self._listing(schema) > 0
+        return self._lists[id(schema)]
+
+    def _groups(self, schema: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+        """Yields the schemas with which a schema is combined. A value must match one of each
+        group."""
+        for part in _dicts_in(schema, "allOf"):
+            yield [part]
+        for key in ("anyOf", "oneOf"):
+            yield _dicts_in(schema, key)
+        target = self._target(schema.get("$ref"))
+        yield [target] if isinstance(target, dict) else []
+
+    def _target(self, reference: Any) -> Any:
+        """The schema inside of `root` to which a $ref points, or None."""
+        if not (isinstance(reference, str) and reference.startswith("#")):
+            return None
+        found = self._root
+        for name in unquote(reference[1:]).split("/")[1:]:
+            name = name.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            else:
+                found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    def _names(self, schema: Mapping[str, Any], seen: set[int]) -> dict[str, None] | None:
+        """The names of the properties that the parts of a schema list, in their order. None: a part
+        permits other properties, too. `seen` are the ids of parts that were looked at before."""
+        names: dict[str, None] = {}
+        for part in [part for group in self._groups(schema) for part in group]:
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            of_parts = self._names(part, seen)
+            is_open = part.get("additionalProperties", False) is not False
+            if of_parts is None or is_open or "patternProperties" in part:
+                return None
+            names |= {**dict.fromkeys(_dict_in(part, "properties")), **of_parts}
+        return names
+
+
+def _dict_in(schema: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = schema.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _dicts_in(schema: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = schema.get(key)
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
+
+
+def _with_inner(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Returns a copy of a schema in which the schemas directly inside of it are changed."""
+
+    def changed(key: str, value: Any) -> Any:
+        if key in _NO_SCHEMA:
+            return value
+        if key in _BY_NAME and isinstance(value, dict):
+            return {name: change(inner) for name, inner in value.items()}
+        return [change(inner) for inner in value] if isinstance(value, list) else change(value)
+
+    return {key: changed(key, value) for key, value in schema.items()}

@@ -1,0 +1,93 @@
+"""Closed schemas permit what the schema permits, without properties that it does not list. Schemas
+without notes permit the same values."""
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from mistral_ext.text.schema_copies import closed, without_notes
+
+
+def listing(**properties):
+    return {"type": "object", "properties": properties}
+
+
+TEXT = {"type": "string"}
+A, B = listing(a=TEXT), listing(b=TEXT)
+DEFINED = {"$defs": {"A": A, "B/%": B}}
+
+
+def refer(name: str) -> dict:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+# A schema, values that match it closed, and values that do not.
+CASES = [
+    (A, [{}, {"a": "x"}], [{"a": 1}, {"b": "x"}]),
+    ({"type": "object"}, [{"b": "x"}], []),
+    ({**A, "additionalProperties": TEXT}, [{"b": "x"}], [{"b": 1}]),
+    # one schema for an object, in another place
+    ({**DEFINED, **refer("A")}, [{"a": "x"}], [{"b": "x"}]),
+    ({**DEFINED, **refer("A"), **listing()}, [{"a": "x"}], [{"b": "x"}]),
+    ({**DEFINED, "allOf": [refer("A")], "title": "T"}, [{"a": "x"}], [{"b": "x"}]),
+    ({"anyOf": [A, B], **listing()}, [{"a": "x"}, {"b": "x"}], [{"a": "x", "b": "x"}, {"c": 1}]),
+    # several schemas for an object
+    ({"allOf": [A, B]}, [{"a": "x", "b": "x"}], [{"a": 1}, {"b": 1}, {"c": 1}]),
+    ({**DEFINED, "allOf": [refer("A"), B]}, [{"a": "x", "b": "x"}], [{"b": 1}, {"c": 1}]),
+    ({**DEFINED, **A, **refer("B~1%25")}, [{"a": "x", "b": "x"}], [{"b": 1}, {"c": 1}]),
+    ({**A, "allOf": [{"allOf": [B]}]}, [{"a": "x", "b": "x"}], [{"b": 1}, {"c": 1}]),
+    ({**A, "allOf": [listing(a={"const": "x"})]}, [{"a": "x"}], [{"a": "y"}, {"c": 1}]),
+    ({**A, "oneOf": [B, listing(c=TEXT)]}, [], [{"d": 1}]),
+    ({**A, "anyOf": [B, listing(c=TEXT)]}, [{"a": "x", "c": "x"}], [{"b": 1, "c": 1}, {"d": 1}]),
+    ({"anyOf": [A, B], "allOf": [listing(c=TEXT)]}, [{"a": "x", "c": "x"}], [{"d": 1}]),
+    (listing(o={"allOf": [A, B]}), [{"o": {"a": "x", "b": "x"}}], [{"o": {"c": 1}}, {"c": 1}]),
+    ({**listing(a=TEXT, b=TEXT), "anyOf": [{"required": ["a"]}]}, [{"a": "x"}], [{"b": "x"}]),
+    # a part permits other properties
+    ({"allOf": [A, {**B, "additionalProperties": True}]}, [{"c": 1}], [{"a": 1}]),
+    ({"allOf": [A, {**B, "patternProperties": {"^x": TEXT}}]}, [{"xy": "x"}], [{"xy": 1}]),
+    # names and values that look like keywords
+    (listing(enum=A, allOf=B), [{"enum": {"a": "x"}}], [{"enum": {"b": "x"}}, {"allOf": {"a": 1}}]),
+    (listing(a={"const": A}), [{"a": A}], [{"a": {**A, "additionalProperties": False}}]),
+    # schemas that refer to themselves
+    ({**listing(a={"$ref": "#"})}, [{"a": {"a": {}}}], [{"a": {"b": 1}}]),
+    ({**listing(a={"$ref": "#"}), "allOf": [B]}, [{"a": {"b": "x"}}], [{"a": {"c": 1}}]),
+]
+
+
+@pytest.mark.parametrize(("schema", "right", "wrong"), CASES)
+def test_closed_schemas(schema, right, wrong):
+    for value in right:
+        assert Draft202012Validator(closed(schema)).is_valid(value), value
+    for value in wrong:
+        assert not Draft202012Validator(closed(schema)).is_valid(value), value
+
+
+@pytest.mark.parametrize("wrong", [5, "x", None, True, [1], {"b": 1}])
+@pytest.mark.parametrize("key", ["properties", "allOf", "anyOf", "$ref", "$defs", "enum"])
+def test_keywords_with_wrong_values_stay(key, wrong):
+    schema = {"allOf": [A, {**B, key: wrong}]}
+    assert closed(schema)["allOf"][1][key] == wrong
+    closed({**A, "anyOf": [B], key: wrong})
+
+
+def test_a_schema_that_is_a_part_of_itself():
+    schema = {**A, "allOf": [{"$ref": "#"}]}
+    assert closed(schema) == schema
+
+
+def test_notes_are_left_out():
+    notes = {"title": "T", "description": "D", "default": 1, "examples": [{"a": 1}]}
+    notes |= {"$comment": "C", "deprecated": True, "readOnly": True, "writeOnly": False}
+    schema = {"properties": {"title": {"format": "date"}, "format": TEXT}, "enum": [notes]}
+    noted = {
+        **notes,
+        "properties": {"title": {**notes, "format": "date"}, "format": {**TEXT, **notes}},
+        "enum": [notes],
+    }
+    assert without_notes(noted) == schema
+
+
+def test_formats_that_any_text_has_are_left_out():
+    for name in ("path", "password", "binary"):
+        assert without_notes({"anyOf": [{**TEXT, "format": name}]}) == {"anyOf": [TEXT]}
+    for schema in ({"format": "uri"}, {"format": 5}, {"format": ["path"]}, True, 3):
+        assert without_notes(schema) == schema
