@@ -402,6 +402,7 @@ def test_learning_rates():
     assert sorted(rates[4:], reverse=True) == rates[4:]
 
 
-def test_metrics_of_a_cut_off_line(tmp_path):
-    (tmp_path / "m").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+@pytest.mark.parametrize("cut", [b'{"step": 2, "lo', '{"step": 2, "sample": "é'.encode()[:-1]])
+def test_metrics_of_a_cut_off_line(tmp_path, cut):
+    (tmp_path / "m").write_bytes(json.dumps({"step": 1}).encode() + b"\n" + cut)
     assert read_metrics(tmp_path / "m") == [{"step": 1}]
