@@ -476,7 +476,7 @@ class Mistral(RequestMaker):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected 1 or more")
         self.expect_writer()
-        ids = self._check_ids(token_ids, "token_ids")
+        ids = self._check_ids(token_ids, "token_ids", 0)
         request = Request(
             ids,
             None,
