@@ -356,6 +356,13 @@ def test_a_step_that_is_not_finite_ends_the_run(
     assert all(matrix.isfinite().all() for matrix in trainer._adapter.parameters.values())
 
 
+def test_an_adapter_that_cannot_write_ends_the_run(llm, data, tmp_path):
+    """The engine alone would say that the model's weights may be damaged."""
+    options = FAST | {"learning_rate": 1e30, "max_steps": 1, "sample_tokens": 4}
+    with pytest.raises(RuntimeError, match=r"after step 1 .*: try a lower learning_rate than 1e"):
+        Trainer(llm, data, tmp_path / "out", **options).train()
+
+
 def test_an_evaluation_that_is_not_finite_ends_the_run(llm, data, tmp_path, monkeypatch):
     losses = iter([3.0, math.nan])
     monkeypatch.setattr(Trainer, "_eval_loss", lambda *_: next(losses))
