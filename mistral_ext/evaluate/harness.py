@@ -9,6 +9,7 @@ The harness has the tasks, their data and their metrics. It calls the model thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +78,13 @@ def evaluate(
     Raises:
         ImportError: lm_eval is missing.
         FileNotFoundError: there is no such task file.
-        ValueError: a task is unknown, or it needs a feature that the model does not have.
+        ValueError: a task is unknown, or it needs a feature that the model does not have, or
+            `num_fewshot` or `limit` is out of range.
     """
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot is {num_fewshot}, expected 0 or more")
+    if limit is not None and not 0 < limit < math.inf:
+        raise ValueError(f"limit is {limit}, expected a number above 0")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -108,6 +108,19 @@ def test_sampled_completions_differ(llm, more):
     assert len({*harness_model(llm, progress=False).generate_until(given)}) > 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is 0, expected a number above 0"),
+        ({"limit": float("nan")}, "limit is nan, expected a number above 0"),
+        ({"num_fewshot": -1}, "num_fewshot is -1, expected 0 or more"),
+    ],
+)
+def test_numbers_out_of_range(llm, cloze, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(llm, [cloze], progress=False, **options)
+
+
 def test_options_beyond_the_harness_own(llm, oracle):
     options = {"max_gen_toks": 30, "repetition_penalty": 1.7, "num_beams": 1, "top_k": 1}
     given = instances("generate_until", (STORY, options))
