@@ -50,7 +50,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file.
+    """Reads the JSON object in a UTF-8 file, with or without a byte order mark.
 
     Raises:
         OSError: the file cannot be read.
@@ -58,7 +58,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     refuse_lfs_pointer(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON, expected a JSON object: {error}") from error
     if not isinstance(values, dict):

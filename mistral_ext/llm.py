@@ -7,7 +7,9 @@ its outputs. `mistral_ext.request_maker` makes the requests.
 from __future__ import annotations
 
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,7 @@ class Mistral(RequestMaker):
         self.drafts = drafts
         self.draft_model = draft_model
         self._making_engine = threading.Lock()
+        _models.add(self)
 
     @classmethod
     def from_pretrained(
@@ -479,7 +482,7 @@ class Mistral(RequestMaker):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected 1 or more")
         self.expect_writer()
-        ids = self._check_ids(token_ids, "token_ids")
+        ids = self._check_ids(token_ids, "token_ids", 0)
         request = Request(
             ids,
             None,
@@ -536,6 +539,28 @@ class Mistral(RequestMaker):
             if output.hidden is not None:
                 pool(pooled[number], output.hidden, pooling)
         return torch.nn.functional.normalize(pooled, dim=1)
+
+
+# All models of the process.
+_models: weakref.WeakSet[Mistral] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Makes the models usable in a child process that was forked.
+
+    A child has none of its parent's other threads. So a lock that such a thread held stays locked
+    for ever, and nobody waits for the thread's requests. If an engine was in use, the model makes a
+    new engine in the child when it needs one. Otherwise it keeps the engine with its cache.
+    """
+    for llm in _models:
+        llm._making_engine = threading.Lock()
+        engine = llm.__dict__.get("_engine")
+        if engine is not None and not engine.is_idle():
+            del llm.__dict__["_engine"]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _sampling_defaults(model: Path, source: str | Path) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class RequestMaker:
             if isinstance(text, str):
                 asked = text if instruction is None else f"Instruct: {instruction}\nQuery: {text}"
                 text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
-            ids = self._check_ids(text, f"texts[{i}]")
+            ids = self._check_ids(text, f"texts[{i}]", 0)
             request = Request(
                 ids,
                 None,
@@ -278,12 +278,15 @@ class RequestMaker:
             encoded.append(self._check_ids(prompt, name))
         return encoded
 
-    def _check_ids(self, ids: Sequence[int], name: str) -> list[int]:
+    def _check_ids(self, ids: Sequence[int], name: str, following: int = 1) -> list[int]:
+        """Checks token ids of the model, after which it must have room for `following` tokens: for
+        a completion, or for nothing if the ids are only read. Returns them as a list."""
         expect_token_ids(ids, self.config.vocab_size, name)
-        if self.max_length is not None and len(ids) >= self.max_length:
+        if self.max_length is not None and len(ids) + following > self.max_length:
+            most = f"{'fewer than' if following else 'up to'} {self.max_length}"
             raise ValueError(
-                f"{name} has {len(ids)} tokens, expected fewer than {self.max_length}, the "
-                "positions that the model was trained for (max_positions)"
+                f"{name} has {len(ids)} tokens, expected {most}, the positions that the model was "
+                "trained for (max_positions)"
             )
         return list(ids)
 

@@ -249,6 +249,15 @@ class Engine:
         if problem:
             raise problem[0]
 
+    def is_idle(self) -> bool:
+        """Whether no thread uses the engine and no request is open. Never waits."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return not (self._stepping.locked() or self._sequences or self._aborted)
+        finally:
+            self._lock.release()
+
     def adapters_in_use(self) -> list[LoadedAdapter]:
         """The adapters of requests that have not ended, and of a paused pass."""
         with self._lock:

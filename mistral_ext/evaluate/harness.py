@@ -9,6 +9,7 @@ The harness has the tasks, their data and their metrics. It calls the model thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
 # own models.
 _MAX_TOKENS = 256
 
-# Options of sampling that a task may set. The keys are the harness' names, and the values are the
-# names in `SamplingParams`.
-_SAMPLING = {"top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+# Options of completions that a task or `gen_kwargs` may set, besides those that the harness brings
+# into one form. They are fields of `SamplingParams`. Those of `_SAMPLING` have no effect on greedy
+# completions.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+# Options of transformers' `generate`, with values that ask for what the engine does anyway.
+_USUAL = {"num_beams": 1, "use_cache": True}
 
 
 def evaluate(
@@ -72,8 +78,13 @@ def evaluate(
     Raises:
         ImportError: lm_eval is missing.
         FileNotFoundError: there is no such task file.
-        ValueError: a task is unknown, or it needs a feature that the model does not have.
+        ValueError: a task is unknown, or it needs a feature that the model does not have, or
+            `num_fewshot` or `limit` is out of range.
     """
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot is {num_fewshot}, expected 0 or more")
+    if limit is not None and not 0 < limit < math.inf:
+        raise ValueError(f"limit is {limit}, expected a number above 0")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -317,18 +328,25 @@ class HarnessModel:
         return ids[-(self.max_length - max_tokens) :]
 
     def _params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """The options of a completion that a task sets."""
+        """The options of a completion that a task sets. Raises ValueError for an option that the
+        engine does not have: without it the results would be those of another task."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-        options = normalize_gen_kwargs(dict(given), _MAX_TOKENS)
-        stop = [text for text in handle_stop_sequences(options.pop("until", None), None) if text]
-        chosen = {ours: options[name] for name, ours in _SAMPLING.items() if name in options}
-        return SamplingParams(
-            max_tokens=options["max_gen_toks"],
-            temperature=options["temperature"] if options["do_sample"] else 0.0,
-            stop=stop,
-            **(chosen if options["do_sample"] else {}),
-        )
+        options: dict[str, Any] = {**normalize_gen_kwargs(dict(given), _MAX_TOKENS)}
+        stop = [text for text in handle_stop_sequences(options.pop("until"), None) if text]
+        max_tokens = options.pop("max_gen_toks")
+        if options.pop("do_sample"):
+            options.setdefault("temperature", 1.0)  # the default of transformers
+        else:
+            options = {name: options[name] for name in options if name not in _SAMPLING}
+        for name, value in _USUAL.items():
+            if options.get(name) == value:
+                del options[name]
+        for name, value in options.items():
+            if name not in (*_SAMPLING, *_PENALTIES):
+                usual = _USUAL.get(name, "none")
+                raise ValueError(f"generation_kwargs has {name}={value!r:.60}, expected {usual}")
+        return SamplingParams(max_tokens=max_tokens, stop=stop, **options)
 
     def _keep(self, kind: str, args: Any, result: Any) -> None:
         """Makes the harness' cache keep an answer at once, so that an interrupted run can

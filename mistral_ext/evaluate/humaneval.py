@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mistral_ext.engine.outputs import outputs_of
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.evaluate.programs import PASSED, run_program
+from mistral_ext.files import decode_text
 from mistral_ext.llm import Mistral
 
 MAX_TOKENS = 512
@@ -82,11 +83,11 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
     path = Path(path) if path is not None else _packaged()
     data = path.read_bytes()
     try:
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        text = decode_text(gzip.decompress(data) if path.suffix == ".gz" else data, str(path))
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is no text, or no gzip file: {error}") from error
     problems = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

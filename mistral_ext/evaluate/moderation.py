@@ -94,7 +94,7 @@ def read_cases(path: str | Path) -> list[Case]:
             the message names.
     """
     cases = []
-    for number, line in enumerate(read_text_file(path).splitlines(), 1):
+    for number, line in enumerate(read_text_file(path).split("\n"), 1):
         if line.strip():
             place = f"{path}, line {number}"
             try:

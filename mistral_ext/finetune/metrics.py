@@ -88,13 +88,13 @@ def expect_tensorboard() -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads the lines of a file. Stops at the first line that is not JSON, such as a last line that
-    a loss of power has cut off. Returns an empty list if there is no file."""
+    a full disk or a loss of power has cut off. Returns an empty list if there is no file."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode("utf-8")))  # the cut may be inside a character
         except ValueError:
             break
     return rows

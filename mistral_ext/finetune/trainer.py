@@ -169,7 +169,7 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C, SIGTERM or SIGHUP came. The state was saved first.
-            RuntimeError: a loss or a gradient is not finite. The last checkpoint is kept.
+            RuntimeError: a loss, a gradient or a logit is not finite. The last checkpoint is kept.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         for left in self.output.glob(f"{_PART}*"):  # a run that was killed has left it
@@ -280,7 +280,15 @@ class Trainer:
             elif progress.step:
                 progress.without_gain += 1
         if self.options.sample_tokens:
-            text = self._sample_text()
+            try:
+                text = self._sample_text()
+            except ValueError as error:  # the engine's, for logits that are NaN
+                if not progress.step:
+                    raise
+                raise RuntimeError(
+                    f"the model cannot write a text after step {progress.step} ({error}): try a "
+                    f"lower learning_rate than {self.options.learning_rate:g}"
+                ) from error
             metrics.add(progress.step, sample=text)
             _log.info("step %d: %s", progress.step, text)
         progress.evaluated = progress.step

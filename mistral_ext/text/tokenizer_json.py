@@ -35,7 +35,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     """
     refuse_lfs_pointer(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
     return json_vocabulary(path, data, read_added_tokens(path.parent))

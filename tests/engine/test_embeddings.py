@@ -48,6 +48,16 @@ def test_embeddings_are_those_of_transformers(models, pooling):
     found += 1  # an ordinary tensor
 
 
+def test_a_text_of_all_positions(models):
+    """Nothing follows it, so it needs no room for a completion."""
+    limits = {"sliding_window": None, "max_positions": 12}
+    llm = Mistral.from_pretrained(models[0].folder, progress=False, **limits)
+    ids = list(range(5, 17))
+    torch.testing.assert_close(llm.embed([ids]), models[0].embed([ids]))
+    with pytest.raises(ValueError, match=r"texts\[0\] has 13 tokens, expected up to 12"):
+        llm.embed([[*ids, 5]])
+
+
 def test_an_embedding_model(models, tmp_path):
     """As e5-mistral: without a head, and with names that do not begin with "model."."""
     llm, oracle = models

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -166,6 +168,28 @@ def test_threads_are_served_together(llm):
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
         together = list(threads.map(lambda p: llm.generate(p, **options)[0].token_ids, PROMPTS))
     assert together == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_forked_child_can_generate(llm, busy):
+    """Also if a thread of its parent was making a step, which holds a lock that the child copies.
+    The child has no such thread."""
+    expected = llm.generate("Once upon a time", max_tokens=5)[0].token_ids
+    engine = llm.engine
+    if busy:
+        assert engine._stepping.acquire(timeout=10)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)  # ends a child that hangs
+        same = llm.generate("Once upon a time", max_tokens=5)[0].token_ids == expected
+        os._exit(0 if same and (llm.engine is engine) == (not busy) else 1)
+    if busy:
+        engine._stepping.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert llm.engine is engine
+    assert llm.generate("Once upon a time", max_tokens=5)[0].token_ids == expected
 
 
 def test_inference_mode_around_a_call_does_not_matter(folder):

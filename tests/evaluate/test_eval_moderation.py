@@ -83,6 +83,9 @@ def test_files(tmp_path):
     expected = ["illegal", "acceptable", FLAGGED, "acceptable"]
     assert [case.expected for case in read_cases(file)] == expected
     assert read_cases(file)[1].content == messages
+    text = "a\u2028b\u0085c"  # only \n ends a line of JSON
+    file.write_text(json.dumps({"text": text, "flagged": True}, ensure_ascii=False), "utf-8")
+    assert [case.content for case in read_cases(file)] == [text]
     for line, message in (
         ("", "is empty, expected contents"),
         ("[1]", r"line 1: it is \[1\], expected a JSON object"),

@@ -101,10 +101,43 @@ def test_completions(llm, oracle, options):
     assert all(ours)
 
 
-def test_sampled_completions_differ(llm):
-    options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 20}
+@pytest.mark.parametrize("more", [{"temperature": 1.0, "top_p": 0.95}, {}])
+def test_sampled_completions_differ(llm, more):
+    options = {"do_sample": True, "max_gen_toks": 20, **more}
     given = instances("generate_until", *[(STORY, options)] * 3)
     assert len({*harness_model(llm, progress=False).generate_until(given)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is 0, expected a number above 0"),
+        ({"limit": float("nan")}, "limit is nan, expected a number above 0"),
+        ({"num_fewshot": -1}, "num_fewshot is -1, expected 0 or more"),
+    ],
+)
+def test_numbers_out_of_range(llm, cloze, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(llm, [cloze], progress=False, **options)
+
+
+def test_options_beyond_the_harness_own(llm, oracle):
+    options = {"max_gen_toks": 30, "repetition_penalty": 1.7, "num_beams": 1, "top_k": 1}
+    given = instances("generate_until", (STORY, options))
+    (ours,) = harness_model(llm, progress=False).generate_until(given)
+    assert [ours.lstrip(" ")] == oracle.generate_until(given, disable_tqdm=True)
+    plain = instances("generate_until", (STORY, {"max_gen_toks": 30}))
+    assert [ours] != harness_model(llm, progress=False).generate_until(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("num_beams", 10, "expected 1"), ("length_penalty", 2.0, "expected none")],
+)
+def test_unknown_options_are_refused(llm, name, value, expected):
+    given = instances("generate_until", (STORY, {"max_gen_toks": 3, name: value}))
+    with pytest.raises(ValueError, match=f"generation_kwargs has {name}={value}, {expected}"):
+        harness_model(llm, progress=False).generate_until(given)
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,13 @@ def test_the_problems_of_the_package():
     assert run_program(problems[0].program("    return False")) == "failed: AssertionError"
 
 
+def test_lines_end_at_newlines_alone(tmp_path):
+    problem = vars(ADD) | {"prompt": "# a\u2028b\u0085c\n" + ADD.prompt}
+    line = json.dumps(problem, ensure_ascii=False)
+    (tmp_path / "problems.jsonl").write_bytes(f"\ufeff{line}\r\n{line}\r\n".encode())
+    assert read_problems(tmp_path / "problems.jsonl") == [Problem(**problem)] * 2
+
+
 def test_files_that_are_none_of_problems(tmp_path, monkeypatch):
     for name, data, message in (
         ("a.jsonl", b"", "is empty, expected problems"),

@@ -356,6 +356,13 @@ def test_a_step_that_is_not_finite_ends_the_run(
     assert all(matrix.isfinite().all() for matrix in trainer._adapter.parameters.values())
 
 
+def test_an_adapter_that_cannot_write_ends_the_run(llm, data, tmp_path):
+    """The engine alone would say that the model's weights may be damaged."""
+    options = FAST | {"learning_rate": 1e30, "max_steps": 1, "sample_tokens": 4}
+    with pytest.raises(RuntimeError, match=r"after step 1 .*: try a lower learning_rate than 1e"):
+        Trainer(llm, data, tmp_path / "out", **options).train()
+
+
 def test_an_evaluation_that_is_not_finite_ends_the_run(llm, data, tmp_path, monkeypatch):
     losses = iter([3.0, math.nan])
     monkeypatch.setattr(Trainer, "_eval_loss", lambda *_: next(losses))
@@ -402,6 +409,7 @@ def test_learning_rates():
     assert sorted(rates[4:], reverse=True) == rates[4:]
 
 
-def test_metrics_of_a_cut_off_line(tmp_path):
-    (tmp_path / "m").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+@pytest.mark.parametrize("cut", [b'{"step": 2, "lo', '{"step": 2, "sample": "é'.encode()[:-1]])
+def test_metrics_of_a_cut_off_line(tmp_path, cut):
+    (tmp_path / "m").write_bytes(json.dumps({"step": 1}).encode() + b"\n" + cut)
     assert read_metrics(tmp_path / "m") == [{"step": 1}]

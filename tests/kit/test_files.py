@@ -68,5 +68,6 @@ def test_not_a_json_object(content, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"config\.json .*, expected a JSON object"):
         read_json_object(path)
-    path.write_text(json.dumps({"a": 1}))
-    assert read_json_object(path) == {"a": 1}
+    for mark in (b"", BOM):
+        path.write_bytes(mark + json.dumps({"a": 1}).encode())
+        assert read_json_object(path) == {"a": 1}

@@ -100,12 +100,12 @@ def test_dynamic_scaling_begins_where_the_engine_ends(tmp_path):
     theirs = transformers.LlamaForCausalLM(llama_config(rope_parameters=scaling)).eval()
     theirs.save_pretrained(tmp_path)
     llm = Mistral.from_pretrained(tmp_path, progress=False)
-    ids = torch.randint(131, (255,))
+    ids = torch.randint(131, (256,))
     with torch.inference_mode():
         expected = theirs(ids[None]).logits[0]
     torch.testing.assert_close(llm.logits(ids), expected, rtol=1e-4, atol=2e-4)
-    with pytest.raises(ValueError, match="token_ids has 256 tokens, expected fewer than 256"):
-        llm.logits([1] * 256)
+    with pytest.raises(ValueError, match="token_ids has 257 tokens, expected up to 256"):
+        llm.logits([1] * 257)
 
 
 def test_llama_defaults():
