@@ -77,8 +77,8 @@ def schema_text(schema: object) -> str:
 
 
 def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds options for llguidance to a schema, and leaves out notes. The options replace any options
-    ("x-guidance") that the schema came with, because those could make the check less strict."""
+    """Adds options for llguidance to a schema, and leaves out notes. The options replace any that
+    the schema came with ("x-guidance"), because those could make the check less strict."""
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
     return {**without_notes(schema), "x-guidance": options}
 
