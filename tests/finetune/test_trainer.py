@@ -95,6 +95,12 @@ def test_steps_are_those_of_peft(llm, oracle, data, tmp_path):
             torch.testing.assert_close(getattr(ours[name], matrix), after, rtol=0, atol=2e-4)
 
 
+def test_an_output_in_the_users_folder(llm, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert Trainer(llm, data, "~/out", **FAST).output == tmp_path / "out"
+
+
 def test_the_result_loads_in_peft(llm, oracle, data, tmp_path):
     Trainer(llm, data, tmp_path / "out", targets=("wq", "w2"), alpha=5, **FAST).train()
     ids = llm.tokenizer.encode(TEXTS[0])

@@ -138,6 +138,13 @@ def test_a_weight_that_is_too_large_leaves_nothing(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_target_in_the_users_folder(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert merge_adapter(base, adapter, "~/merged") == tmp_path / "merged"
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 def test_wrong_arguments_leave_nothing(base, adapter, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
