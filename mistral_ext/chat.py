@@ -8,8 +8,10 @@ from typing import Any
 
 from mistral_ext.engine.request import Completion
 from mistral_ext.engine.stream import Stream
-from mistral_ext.text.chat_template import ChatTemplate, extend_chat
+from mistral_ext.text.chat_template import ChatTemplate, encode_chat, extend_chat
 from mistral_ext.text.tokenizer import Tokenizer
+
+__all__ = ["Chat", "encode_chat"]  # programs of users import encode_chat from here
 
 
 class Chat:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from chat_templates import MISTRAL_V1
 
+from mistral_ext.chat import encode_chat
 from mistral_ext.text.chat_template import (
     _length_of,
     chat_template_of,
-    encode_chat,
     extend_chat,
     transcript,
 )
