@@ -1,5 +1,5 @@
-"""What the build makes of the compiler and the GPUs of a machine: CMakeLists.txt, cmake/cuda.cmake.
-The programs that it asks are scripts here."""
+"""What the build makes of the compiler and the GPUs of a machine: CMakeLists.txt, cmake/cuda.cmake,
+setup.py. The programs that it asks are scripts here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,65 @@ def test_what_the_user_asks_for_counts(machine, tmp_path, monkeypatch, how, aske
         monkeypatch.setenv("CUDAARCHS", asked)
     actual = choose(tmp_path, machine("nvcc", nvcc("12.4")), *options)
     assert actual == (chosen, "as asked for")
+
+
+@pytest.fixture
+def set_up(machine, tmp_path, monkeypatch):
+    """Runs setup.py in a folder of its own, with a CMake that writes down its arguments.
+    Returns these, and whether the tree of the build before was kept."""
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    log, source = tmp_path / "log", tmp_path / "source"
+    (source / "mistral_ext").mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", source)
+    install = f'mkdir -p "$4"; touch "$4/_C{EXTENSION_SUFFIXES[0]}"'  # --install TREE --prefix "$4"
+    script = f"""printf '%s\\n' "$@" >>'{log}'; if [ "$1" = --install ]; then {install}; fi"""
+    machine("cmake", script)
+    for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(folder: Path = source) -> tuple[list[str], bool]:
+        log.unlink(missing_ok=True)
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=folder, check=True, timeout=120)
+        (object_file,) = (tree / "object" for tree in folder.glob("build/cmake-*"))
+        kept = object_file.exists()
+        object_file.touch()
+        return log.read_text().splitlines(), kept
+
+    return run
+
+
+def test_a_build_goes_on_in_its_tree(set_up, monkeypatch):
+    monkeypatch.setenv("CXX", "clang++")
+    assert [set_up()[1], set_up()[1]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CXX", "clang++"),
+        ("CXXFLAGS", "-g"),
+        ("LDFLAGS", "-s"),
+        ("CMAKE_ARGS", "-DMISTRAL_EXT_NEWEST_ISA=avx2"),
+    ],
+)
+def test_what_cmake_would_keep_has_a_tree_of_its_own(set_up, monkeypatch, name, value):
+    set_up()
+    monkeypatch.setenv(name, value)
+    assert not set_up()[1]
+    monkeypatch.delenv(name)
+    assert not set_up()[1]
+
+
+def test_a_copied_tree_is_made_anew(set_up, tmp_path):
+    """CMake refuses a tree that was made in another folder."""
+    set_up()
+    copy = shutil.copytree(tmp_path / "source", tmp_path / "copy", symlinks=True)
+    assert not set_up(copy)[1]
+
+
+def test_arguments_of_cmake_may_have_quotes(set_up, monkeypatch):
+    monkeypatch.setenv("CMAKE_ARGS", "-DA=1 '-DCMAKE_CXX_FLAGS=-O1 -g'")
+    arguments, _ = set_up()
+    assert {"-DA=1", "-DCMAKE_CXX_FLAGS=-O1 -g"} <= {*arguments}
