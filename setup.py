@@ -1,6 +1,8 @@
 """Builds mistral_ext._C with CMake; everything else is declared in pyproject.toml."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# CMake takes these from the environment when a tree is new, and keeps what it took.
+KEPT = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS")
 
 
 class CMakeBuild(build_ext):
@@ -17,7 +21,13 @@ class CMakeBuild(build_ext):
         # One tree per Python version, kept between builds: a rebuild compiles what changed.
         tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # A copied tree does not work where it was copied to, and so the folder counts too.
+        settings = "".join(f"{name}={os.environ.get(name, '')}\n" for name in KEPT) + f"{ROOT}\n"
+        stamp = tree / "settings.txt"
+        if tree.exists() and not (stamp.exists() and stamp.read_text() == settings):
+            shutil.rmtree(tree)
         tree.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(settings)
         subprocess.run(
             [
                 "cmake",
@@ -32,7 +42,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DMISTRAL_EXT_CUDA={os.environ.get('MISTRAL_EXT_CUDA', 'auto').lower()}",
-                *os.environ.get("CMAKE_ARGS", "").split(),
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             check=True,
         )

@@ -10,11 +10,17 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(kind MISTRAL_X86)
   set(avx2 -mavx2 -mfma -mf16c)
   set(avxvnni ${avx2} -mavxvnni)
-  # GCC 12 takes the undefined inputs in its own AVX-512 header for mistakes (its bug 105593).
-  set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
-    -Wno-uninitialized -Wno-maybe-uninitialized)
+  set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # GCC 12 takes the undefined inputs in its own AVX-512 header for mistakes (its bug 105593).
+    list(APPEND avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+  endif()
   # Every processor with bf16 has VNNI too.
   set(avx512_bf16 ${avx512} -mavx512bf16 -mavx512vnni)
+  if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    # Clang 16 crashes in this pass, where vectors of bf16 are also vectors of other types.
+    list(APPEND avx512_bf16 "SHELL:-mllvm -disable-vector-combine")
+  endif()
   set(amx ${avx512_bf16} -mamx-tile -mamx-bf16)
   list(APPEND isas avx2 avxvnni avx512 avx512_bf16 amx)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")

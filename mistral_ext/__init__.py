@@ -5,6 +5,7 @@ seconds, and commands such as `mistral-ext --help` do not need it.
 """
 
 from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"  # pyproject.toml reads the version of the package here
@@ -46,12 +47,24 @@ else:
     def __getattr__(name: str) -> object:
         if name in _MODULES:
             value = import_module(f"{__name__}.{name}")
+        elif name == "_C":
+            value = _compiled_module()
         elif name in _HOMES:
             value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value  # later look-ups do not call this function
         return value
+
+    def _compiled_module() -> object:
+        """Imports `_C`, which each version of Python needs a build of."""
+        try:
+            return import_module(f"{__name__}._C")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{__path__[0]} has no _C{EXTENSION_SUFFIXES[0]}, the compiled module for this "
+                "Python: run 'pip install .' in the source tree, or leave the tree if you did"
+            ) from error
 
 
 def __dir__() -> list[str]:

@@ -54,6 +54,12 @@ bool is_intel() {
   return ebx == signature_INTEL_ebx && ecx == signature_INTEL_ecx && edx == signature_INTEL_edx;
 }
 
+// Clang 16 and GCC 10 do not know "f16c" as an argument of __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
 bool has_avx_vnni() {
   constexpr unsigned kAvxVnni = 1u << 4;  // cpuid leaf 7, subleaf 1, eax
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -68,8 +74,7 @@ bool processor_has(Isa isa) {
   switch (isa) {
     case Isa::scalar: return true;
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case Isa::avxvnni: return processor_has(Isa::avx2) && has_avx_vnni();
     case Isa::avx512:
       return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&

@@ -84,7 +84,8 @@ def _guard(name: str) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowAutograd():
             result = op(*arguments)
         for argument, value in zip(op._schema.arguments, arguments, strict=False):
-            if argument.is_write and value is not None:
+            alias = argument.alias_info  # torch 2.4 has no argument.is_write
+            if alias is not None and alias.is_write and value is not None:
                 torch.autograd.graph.increment_version(value)
         return result
 

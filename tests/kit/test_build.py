@@ -1,12 +1,14 @@
-"""What the build makes of the compiler and the GPUs of a machine: CMakeLists.txt, cmake/cuda.cmake.
-The programs that it asks are scripts here."""
+"""What the build makes of the compiler and the GPUs of a machine: CMakeLists.txt, cmake/cuda.cmake,
+setup.py. The programs that it asks are scripts here."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,82 @@ def test_what_the_user_asks_for_counts(machine, tmp_path, monkeypatch, how, aske
         monkeypatch.setenv("CUDAARCHS", asked)
     actual = choose(tmp_path, machine("nvcc", nvcc("12.4")), *options)
     assert actual == (chosen, "as asked for")
+
+
+@pytest.fixture
+def set_up(machine, tmp_path, monkeypatch):
+    """Runs setup.py in a folder of its own, with a CMake that writes down its arguments.
+    Returns these, and whether the tree of the build before was kept."""
+    pytest.importorskip("pybind11")
+    pytest.importorskip("setuptools")
+    log, source = tmp_path / "log", tmp_path / "source"
+    (source / "mistral_ext").mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", source)
+    install = f'mkdir -p "$4"; touch "$4/_C{EXTENSION_SUFFIXES[0]}"'  # --install TREE --prefix "$4"
+    script = f"""printf '%s\\n' "$@" >>'{log}'; if [ "$1" = --install ]; then {install}; fi"""
+    machine("cmake", script)
+    for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(folder: Path = source) -> tuple[list[str], bool]:
+        log.unlink(missing_ok=True)
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=folder, check=True, timeout=120)
+        (object_file,) = (tree / "object" for tree in folder.glob("build/cmake-*"))
+        kept = object_file.exists()
+        object_file.touch()
+        return log.read_text().splitlines(), kept
+
+    return run
+
+
+def test_a_build_goes_on_in_its_tree(set_up, monkeypatch):
+    monkeypatch.setenv("CXX", "clang++")
+    assert [set_up()[1], set_up()[1]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CXX", "clang++"),
+        ("CXXFLAGS", "-g"),
+        ("LDFLAGS", "-s"),
+        ("CMAKE_ARGS", "-DMISTRAL_EXT_NEWEST_ISA=avx2"),
+    ],
+)
+def test_what_cmake_would_keep_has_a_tree_of_its_own(set_up, monkeypatch, name, value):
+    set_up()
+    monkeypatch.setenv(name, value)
+    assert not set_up()[1]
+    monkeypatch.delenv(name)
+    assert not set_up()[1]
+
+
+def test_a_copied_tree_is_made_anew(set_up, tmp_path):
+    """CMake refuses a tree that was made in another folder."""
+    set_up()
+    copy = shutil.copytree(tmp_path / "source", tmp_path / "copy", symlinks=True)
+    assert not set_up(copy)[1]
+
+
+def test_arguments_of_cmake_may_have_quotes(set_up, monkeypatch):
+    monkeypatch.setenv("CMAKE_ARGS", "-DA=1 '-DCMAKE_CXX_FLAGS=-O1 -g'")
+    arguments, _ = set_up()
+    assert {"-DA=1", "-DCMAKE_CXX_FLAGS=-O1 -g"} <= {*arguments}
+
+
+def test_clang_builds_what_gcc_does(tmp_path):
+    """Clang 16 does not know F16C by its name, and links a specialised variable of a header twice
+    if it is not inline."""
+    names = ["clang++", *(f"clang++-{version}" for version in range(30, 13, -1))]
+    found = [path for name in names if (path := shutil.which(name))]
+    clang = found[0] if found else pytest.skip("no clang found: apt install clang")
+    set_of_host = "MISTRAL_X86" if platform.machine() == "x86_64" else "MISTRAL_AARCH64"
+    flags = ["-std=c++17", "-O0", "-Werror", f"-D{set_of_host}", "-DMISTRAL_ISA=scalar"]
+    objects = []
+    for source in ("processor", "linear/linear", "linear/backward"):
+        objects.append(tmp_path / f"{Path(source).name}.o")
+        command = [clang, *flags, "-c", ROOT / f"csrc/cpu/{source}.cpp", "-o", objects[-1]]
+        subprocess.run(command, check=True, timeout=120)
+    joined = [clang, "-r", "-nostdlib", *objects, "-o", tmp_path / "joined.o"]
+    subprocess.run(joined, check=True, timeout=120)

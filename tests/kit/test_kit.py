@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def test_hooks_have_the_versions_of_ci():
 
     assert pins(".pre-commit-config.yaml") == pins(".ci/run")
     assert len(pins(".ci/run")) == 2
+
+
+def test_contributors_install_what_the_build_requires():
+    """With bounds: a new environment of Python 3.11 has an older setuptools, which pip keeps."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (line,) = re.findall(r"^pip install (.*pybind11.*)$", text, re.MULTILINE)
+    assert shlex.split(line) == needs
 
 
 def test_only_the_command_line_prints():

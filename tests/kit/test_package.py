@@ -37,6 +37,21 @@ def test_unknown_names():
         exec("from mistral_ext import no_such_name")
 
 
+def test_a_package_that_is_not_built_says_so(tmp_path):
+    """As in a source tree that was built for another version of Python."""
+    package = tmp_path / "mistral_ext"
+    package.mkdir()
+    for file in Path(mistral_ext.__file__).parent.iterdir():
+        if not file.name.startswith("_C."):
+            (package / file.name).symlink_to(file)
+    for script in ("import mistral_ext.ops", "from mistral_ext import _C"):
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        error = result.stderr.splitlines()[-1]
+        assert error.startswith(f"ImportError: {package} has no _C.")
+        assert "run 'pip install .' in the source tree" in error
+
+
 def test_type_checkers_see_what_python_gives():
     source = Path(mistral_ext.__file__).read_text()
     (shown,) = (node for node in ast.parse(source).body if isinstance(node, ast.If))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import reference
 import torch
 from ragged import RaggedBatch
 
 from mistral_ext import _C, ops
+from mistral_ext.ops import library
 
 
 def samples():
@@ -291,3 +294,21 @@ def test_backward_sees_what_an_op_has_changed():
     ops.rms_norm(torch.ones(1, 4), torch.ones(4), residual=x)
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
         product.backward()
+
+
+def test_writes_are_seen_in_schemas_of_the_oldest_torch(monkeypatch):
+    """In torch 2.4 an argument of a schema has `alias_info`, and no `is_write`."""
+
+    def op(x, out):
+        out.add_(x)
+
+    write = SimpleNamespace(is_write=True)
+    arguments = [("x", None), ("out", write)]
+    op._schema = SimpleNamespace(
+        arguments=[SimpleNamespace(name=name, alias_info=alias) for name, alias in arguments]
+    )
+    monkeypatch.setattr(library, "_find", lambda name: op)
+    x, out = torch.ones(2), torch.zeros(2)
+    with torch.inference_mode(False):
+        library._guard("op")(x, out)
+    assert (x._version, out._version) == (0, 2)  # that of add_, and that of the guard

@@ -75,7 +75,7 @@ template <class Chunk>
 constexpr bool kTakesWholeRows = false;
 #if defined(__AVX512BF16__)
 template <>
-constexpr bool kTakesWholeRows<PlainChunk<Bf16, bf16>> = true;
+inline constexpr bool kTakesWholeRows<PlainChunk<Bf16, bf16>> = true;
 #endif
 // The distance of the prefetch in multiply_whole_rows, in bytes. The distance is not a multiple of
 // 4096, so weights that are multiplied and weights that arrive lie in different sets of L1.

@@ -86,7 +86,7 @@ struct EightScales {
   }
 };
 template <>
-constexpr int kTogether<Int16Chunk<WeightFormat::q8_0>> = 8;
+inline constexpr int kTogether<Int16Chunk<WeightFormat::q8_0>> = 8;
 using Q8Scales = EightScales;
 
 #else

@@ -38,7 +38,7 @@ struct InIntegers {
 };
 
 template <>
-constexpr int64_t kPackedBytes<InIntegers> = 2;
+inline constexpr int64_t kPackedBytes<InIntegers> = 2;
 
 // Packs the K activations of a token. `out` must be 64-byte aligned, because TokenHead::of reads
 // the head in place.
