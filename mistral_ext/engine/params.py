@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -19,6 +20,8 @@ from mistral_ext.text.constraint import Constraint, schema_text
 # The most drafts (guessed tokens) that a pass checks for one completion. The pass also reads the
 # token before them. That makes 8 tokens, the most that the kernels for few tokens (gemv) take.
 MOST_DRAFTS = 7
+
+_LARGEST = sys.float_info.max  # Python's integers may be larger, and then become no float
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check("max_tokens", Integral, "an integer, 1 or more", lambda x: x >= 1)
-        self._check("temperature", Real, "a number, 0 or more", lambda x: 0 <= x < math.inf)
+        self._check("temperature", Real, "a number, 0 or more", lambda x: 0 <= x <= _LARGEST)
         self._check("top_p", Real, "a number above 0, at most 1", lambda x: 0 < x <= 1)
         self._check("top_k", Integral, "an integer, 0 (all) or more", lambda x: x >= 0)
         self._check("min_p", Real, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-        self._check("repetition_penalty", Real, "a number above 0", lambda x: 0 < x < math.inf)
+        self._check("repetition_penalty", Real, "a number above 0", lambda x: 0 < x <= _LARGEST)
         self._check("presence_penalty", Real, "a number from -2 to 2", lambda x: -2 <= x <= 2)
         self._check("frequency_penalty", Real, "a number from -2 to 2", lambda x: -2 <= x <= 2)
         self._check("n", Integral, "an integer, 1 or more", lambda x: x >= 1)
@@ -158,9 +161,14 @@ def _is_bias(bias: Mapping[Any, Any]) -> bool:
         and not isinstance(i, bool)
         and int(i) >= 0
         and isinstance(b, Real)
-        and not math.isnan(b)
+        and _becomes_float(b)
         for i, b in bias.items()
     )
+
+
+def _becomes_float(number: Any) -> bool:
+    """Whether a number can be converted to a float and is not NaN. Infinity can."""
+    return bool(-_LARGEST <= number <= _LARGEST) or number in (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)

@@ -316,3 +316,11 @@ def test_a_bias_that_bans_every_token_is_an_error():
     params = SamplingParams(logit_bias=dict.fromkeys(range(VOCAB), -math.inf))
     with pytest.raises(ValueError, match="all logits are -inf, with logit_bias"):
         Completion(params).next(LOGITS)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "logit_bias"])
+def test_integers_that_no_float_holds_are_wrong_values(name):
+    """JSON may hold them."""
+    value = {5: 10**400} if name == "logit_bias" else 10**400
+    with pytest.raises(ValueError, match=rf"^{name} is .*10+.*, expected a number"):
+        SamplingParams(**{name: value})
