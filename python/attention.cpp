@@ -5,8 +5,6 @@
 
 #include <pybind11/stl.h>
 
-#include <cmath>
-
 #include "call.h"
 #include "device.h"
 #include "ops.h"
@@ -31,7 +29,7 @@ void expect_prefill_kernel(const char* op, int device) {
 }
 
 void expect_cuda_kernel(const RaggedBatch& batch, const Tensor& out, const AttentionParams& p) {
-  expect_cuda_heads(batch.q, p.scale);
+  expect_cuda_heads(batch.q);
   for (const Tensor* tensor : {&batch.q, &batch.k, &batch.v, &batch.k_pool, &batch.v_pool, &out}) {
     tensor->expect_aligned_rows();
   }
@@ -61,7 +59,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
   p.out = out.data();
   p.stride_out_token = out.stride(0);
   p.stride_out_head = out.stride(1);
-  p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))));
+  p.scale = checked_scale(q, scale);
   p.max_count = max_count.value_or(p.tokens);
   if (p.max_count < 0) {
     fail(op, "max_count is " + std::to_string(p.max_count) + ", expected 0 or more or None");

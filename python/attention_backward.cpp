@@ -2,8 +2,6 @@
 
 #include <pybind11/stl.h>
 
-#include <cmath>
-
 #include "call.h"
 #include "device.h"
 #include "ops.h"
@@ -60,9 +58,9 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
   p.stride_v_token = v.stride(0);
   p.stride_v_head = v.stride(1);
   p.window = window.value_or(kNoWindow);
-  p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(dim))));
+  p.scale = checked_scale(q, scale);
   if (q.is_cuda()) {
-    expect_cuda_heads(q, p.scale);
+    expect_cuda_heads(q);
     for (const Tensor* tensor : {&q, &k, &v, &out, &d_out, &d_q, &d_k, &d_v}) {
       tensor->expect_aligned_rows();
     }

@@ -172,6 +172,7 @@ LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weig
     out.expect_shape({x.size(0), outputs});
     out.expect_like(x);
     out.expect_last_axis_contiguous();
+    out.expect_no_shared_elements();
     p.out = out.data();
     p.stride_out_token = out.stride(0);
   }

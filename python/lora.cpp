@@ -62,6 +62,7 @@ void lora(py::object x_, py::object a_, py::object b_, py::object scales_, py::o
   hidden.expect_device_of(x);
   out.expect_shape({x.size(0), outputs});
   out.expect_last_axis_contiguous();
+  out.expect_no_shared_elements();
   if (out.dtype() == DType::f32) {
     out.expect_device_of(x);
   } else {

@@ -33,6 +33,7 @@ void rms_norm(py::object x_, py::object weight_, py::object residual_, py::objec
     residual.expect_shape({x.size(0), x.size(1)});
     residual.expect_like(x);
     residual.expect_last_axis_contiguous();
+    residual.expect_no_shared_elements();
     p.residual = residual.data();
     p.stride_residual_token = residual.stride(0);
   }

@@ -15,6 +15,7 @@ void rope(py::object q, py::object k, py::object v, py::object k_pool, py::objec
   constexpr const char* op = "rope";
   const RaggedBatch batch(op, Tensor(op, "q", q), Tensor(op, "k", k), Tensor(op, "v", v), k_pool,
                           v_pool, sequences, window);
+  for (const Tensor* tensor : {&batch.q, &batch.k}) tensor->expect_no_shared_elements();
   RopeParams p{};
   batch.fill(p);
   p.frequencies = checked_frequencies(batch.q, frequencies);

@@ -1,6 +1,8 @@
 #include "sequences.h"
 
 #include <algorithm>
+#include <cmath>
+#include <sstream>
 #include <string>
 #include <utility>
 
@@ -111,7 +113,16 @@ void check_head_dim(const Tensor& x) {
                    ", expected a multiple of 32 up to " + std::to_string(kMaxHeadDim));
 }
 
-void expect_cuda_heads(const Tensor& q, float scale) {
+float checked_scale(const Tensor& q, std::optional<double> given) {
+  const auto scale =
+      static_cast<float>(given.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))));
+  if (scale > 0 && std::isfinite(scale)) return scale;
+  std::ostringstream text;
+  text << "scale is " << *given << ", expected a number above 0 that is not 0 or infinite in fp32";
+  fail(q.op(), text.str());
+}
+
+void expect_cuda_heads(const Tensor& q) {
   if (q.dtype() == DType::f32) {
     throw py::type_error(std::string(q.op()) +
                          ": q has dtype torch.float32, expected torch.bfloat16 or torch.float16 on "
@@ -120,9 +131,6 @@ void expect_cuda_heads(const Tensor& q, float scale) {
   if (!cuda::attention_takes_head_dim(q.size(2))) {
     fail(q.op(), "q has head dimension " + std::to_string(q.size(2)) +
                      ", expected 64 or 128 on a CUDA device");
-  }
-  if (!(scale > 0)) {
-    fail(q.op(), "scale is " + std::to_string(scale) + ", expected more than 0 on a CUDA device");
   }
 }
 

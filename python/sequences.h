@@ -71,10 +71,13 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t wind
 // Checks that the kernels support the head dimension of x [T, H, D].
 void check_head_dim(const Tensor& x);
 
-// Checks that attention and its gradient support q [T, Hq, D] and scale on a CUDA device. The
-// kernels multiply scores of -inf by the scale, and the result must be -inf. So the scale must be
-// positive.
-void expect_cuda_heads(const Tensor& q, float scale);
+// Checks the scale of attention for q [T, Hq, D], and returns it as the kernels take it. Without a
+// scale returns 1 / sqrt(D). The kernels multiply scores of -inf (hidden keys) by the scale, and
+// the result must be -inf. So the scale must be positive, also after it is rounded to fp32.
+float checked_scale(const Tensor& q, std::optional<double> scale);
+
+// Checks that attention and its gradient support q [T, Hq, D] on a CUDA device.
+void expect_cuda_heads(const Tensor& q);
 
 // The check of the table [S, 5] for ops without rings: its sequences must hold the tokens of x (its
 // first axis) one after another. If the op uses the positions of the sequences, with_positions is

@@ -2,6 +2,9 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
+#include <algorithm>
+#include <utility>
+
 namespace mistral::python {
 namespace {
 
@@ -163,6 +166,23 @@ void Tensor::expect_contiguous() const {
       fail("has strides " + to_text(strides_) + ", expected it to be contiguous");
     }
     step *= size(axis);
+  }
+}
+
+void Tensor::expect_no_shared_elements() const {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size), without axes of one element
+  for (int64_t axis = 0; axis < dims(); ++axis) {
+    if (size(axis) == 0) return;
+    if (size(axis) > 1) axes.emplace_back(stride(axis), size(axis));
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t span = 1;  // the number of elements from the first to the last of the axes so far
+  for (const auto& [step, count] : axes) {
+    if (step < span) {
+      fail("has strides " + to_text(strides_) + " and shape " + to_text(shape_) +
+           ", expected no elements that share memory, because the op writes to them: clone it");
+    }
+    span += step * (count - 1);
   }
 }
 

@@ -43,6 +43,10 @@ class Tensor {
   void expect_like(const Tensor& other) const;  // the same dtype and device
   void expect_last_axis_contiguous() const;     // elements of a row are neighbours
   void expect_contiguous() const;
+  // No two elements may share memory, as those of an expanded tensor do. An op that writes to the
+  // tensor would change such an element several times, at the same time in several threads. Expects
+  // that the last axis is contiguous.
+  void expect_no_shared_elements() const;
   // Every row must begin at a multiple of 16 bytes, because CUDA kernels access 16 bytes at a time.
   void expect_aligned_rows() const;
 

@@ -9,7 +9,8 @@ Activations and plain weights are float32, bfloat16 or float16. In a call all of
 dtype, unless the op says otherwise. Kernels accumulate in float32 (for exceptions see `linear`;
 `sample` computes in float64 and in integers). The last axis of an argument must have stride 1, and
 weights, pools and tables must be contiguous. Other strides are free. For example, q, k and v may be
-slices of one matrix.
+slices of one matrix. But no two elements of a tensor that an op changes may share memory, as those
+of an expanded tensor do.
 
 Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices). The
 message names the op, the argument, its value and what was expected. An argument that is not a

@@ -46,7 +46,7 @@ def attention(
         sequences: [S, 5] int64, the sequence table.
         window: W, the number of keys that a query sees, including its own key. None: a query sees
             all keys up to its own.
-        scale: the factor of the scores. It must be more than 0 on a CUDA device. None: 1 / sqrt(D).
+        scale: the factor of the scores, more than 0. None: 1 / sqrt(D).
         max_count: an upper bound of the number of new tokens of any sequence. It saves a launch on
             CUDA devices when all sequences decode. None: the bound is not known.
 

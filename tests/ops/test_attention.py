@@ -167,6 +167,15 @@ def test_scores_are_multiplied_by_scale(isa):
     RaggedBatch([9], 9, scale=0.5).step((9,))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf"), 1e-60, 1e60])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_scales_that_are_no_positive_float_are_refused(scale, pooled):
+    """Hidden scores of -inf would become inf or NaN."""
+    given = arguments(scale=scale) | ({} if pooled else {"k_pool": None, "v_pool": None})
+    with pytest.raises(ValueError, match=rf"^attention: scale is {re.escape(f'{scale:g}')}, expe"):
+        ops.attention(**given)
+
+
 def test_large_scores_do_not_overflow(isa, generator):
     """Scores of hundreds, whose exp does not fit a float. Whole numbers, so that they are exact."""
     batch = RaggedBatch([70], None)

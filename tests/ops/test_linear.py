@@ -502,6 +502,10 @@ def test_checks_of_the_other_arguments():
         ops.linear_residual(x, weight, torch.zeros(3, 5))
     with pytest.raises(TypeError, match=r"linear_residual: residual has dtype torch.bfloat16"):
         ops.linear_residual(x, weight, torch.zeros(3, 4).bfloat16())
+    with pytest.raises(
+        ValueError, match=r"linear_residual: residual has strides \[0, 1\] and shape"
+    ):
+        ops.linear_residual(x, weight, torch.zeros(4).expand(3, 4))
     with pytest.raises(ValueError, match=r"linear_swiglu: up has 5 outputs, expected 4 like gate"):
         ops.linear_swiglu(x, [weight, torch.zeros(5, 8)])
     with pytest.raises(ValueError, match=r"linear_swiglu: gate has shape \[4, 9\]"):

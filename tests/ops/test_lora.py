@@ -197,6 +197,7 @@ def valid():
         ({"adapters": index(0, 1, 2)}, ValueError, "adapters has 2, expected -2147483648 to 1"),
         ({"out": torch.zeros(3, 9)}, ValueError, "out has shape [3, 9], expected [3, 10]"),
         ({"out": torch.zeros(3, 10).half()}, TypeError, "out has dtype torch.float16, expected"),
+        ({"out": torch.zeros(10).expand(3, 10)}, ValueError, "out has strides [0, 1] and shape"),
     ],
 )
 def test_argument_checks(changes, error, message):

@@ -102,6 +102,16 @@ def strided(*shape):
         ),
         ({"residual": strided(3, 8)}, ValueError, "residual has strides [16, 2], expected the"),
         (
+            {"residual": torch.zeros(8).expand(3, 8)},
+            ValueError,
+            "residual has strides [0, 1] and shape [3, 8], expected no elements that share memory",
+        ),
+        (
+            {"residual": torch.zeros(20).as_strided((3, 8), (6, 1))},
+            ValueError,
+            "residual has strides [6, 1] and shape [3, 8], expected no elements that share memory",
+        ),
+        (
             {"residual": torch.zeros(3, 8).half()},
             TypeError,
             "residual has dtype torch.float16, expected torch.float32 like x",

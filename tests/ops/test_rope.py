@@ -124,3 +124,15 @@ def test_frequencies_are_checked(frequencies, error, message):
         ops.rope(*given, frequencies)
     assert str(caught.value).startswith("rope: frequencies")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_heads_that_share_memory_are_not_rotated(name):
+    """Each of them would rotate the same elements again."""
+    q, k, v = RaggedBatch([4], 4).inputs(3)
+    given = {"q": q, "k": k, "v": v}
+    given[name] = given[name][:, :1].expand_as(given[name])
+    pool, table = torch.zeros(64, k.shape[2]), torch.tensor([[0, 3, 0, 0, 4]])
+    message = rf"rope: {name} has strides .* expected no elements that share memory"
+    with pytest.raises(ValueError, match=message):
+        ops.rope(*given.values(), pool, pool.clone(), table, torch.ones(k.shape[2] // 2).double())
