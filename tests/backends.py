@@ -125,6 +125,8 @@ def _configure_and_build(source: Path, build: Path, sanitize: bool) -> None:
         configure = [
             "cmake",
             "-GNinja",
+            # Look for ninja anew: that of an earlier environment may be gone.
+            "-UCMAKE_MAKE_PROGRAM",
             f"-S{source}",
             f"-B{build}",
             f"-DEMULATOR_SANITIZE={'ON' if sanitize else 'OFF'}",

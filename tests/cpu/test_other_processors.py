@@ -38,7 +38,8 @@ def run(*command: object) -> str:
 def build(name: str, *settings: str) -> Path:
     folder = backends.BUILDS / name
     with backends.alone_in(folder):
-        run("cmake", "-GNinja", f"-S{SOURCES}", f"-B{folder}", *settings)
+        again = "-UCMAKE_MAKE_PROGRAM"  # as in backends.py
+        run("cmake", "-GNinja", again, f"-S{SOURCES}", f"-B{folder}", *settings)
         run("cmake", "--build", folder)
     return folder / "compare"
 
