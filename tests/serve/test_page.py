@@ -102,6 +102,7 @@ def test_a_conversation_is_kept(tab):
 @pytest.mark.parametrize("how", ["button", "key"])
 def test_stop(tab, demo, how):
     set_option(tab, "Longest reply", "20000")
+    set_option(tab, "Temperature", "0")  # else a reply may end before the test has done its part
     say(tab, "Once upon a time there was")
     tab.wait_for_function(
         "() => document.querySelector('.assistant .body').textContent.length > 20"
@@ -119,6 +120,7 @@ def test_stop(tab, demo, how):
 
 def test_a_reload_in_the_middle_keeps_what_is_there(tab, demo):
     set_option(tab, "Longest reply", "20000")
+    set_option(tab, "Temperature", "0")  # else a reply may end before the test has done its part
     say(tab, "Once upon a time there was")
     tab.wait_for_function(
         "() => document.querySelector('.assistant .body').textContent.length > 20"
