@@ -135,6 +135,7 @@ class Mistral(RequestMaker):
         self.drafts = drafts
         self.draft_model = draft_model
         self._making_engine = threading.Lock()
+        self._engine: Engine | None = None
         _models.add(self)
 
     @classmethod
@@ -207,24 +208,22 @@ class Mistral(RequestMaker):
             llm.adapters.load(name, adapter, ())
         return llm
 
-    @functools.cached_property
-    def _engine(self) -> Engine:
-        return Engine(
-            self.model,
-            self.vocabulary.sampled,
-            self.max_batch,
-            self.prefill_chunk,
-            self.cache_tokens,
-            self._holes,
-            self.drafts,
-            None if self.draft_model is None else self.draft_model.model,
-        )
-
     @property
     def engine(self) -> Engine:
         """The engine, which completes the requests of all threads. It is made when it is first
         needed."""
         with self._making_engine:
+            if self._engine is None:
+                self._engine = Engine(
+                    self.model,
+                    self.vocabulary.sampled,
+                    self.max_batch,
+                    self.prefill_chunk,
+                    self.cache_tokens,
+                    self._holes,
+                    self.drafts,
+                    None if self.draft_model is None else self.draft_model.model,
+                )
             return self._engine
 
     def load_adapter(self, path: str | Path | Adapter, name: str) -> None:
@@ -259,14 +258,14 @@ class Mistral(RequestMaker):
         # other threads from making an engine meanwhile. Such an engine would choose the size of its
         # cache without knowing how much memory the change takes.
         with self._making_engine:
-            engine = self.__dict__.get("_engine")
+            engine = self._engine
             if engine is None:
                 change()
                 return
         engine.between_steps(change)
 
     def _adapters_in_use(self) -> list[LoadedAdapter]:
-        engine = self.__dict__.get("_engine")
+        engine = self._engine
         return [] if engine is None else engine.adapters_in_use()
 
     def generate(
@@ -554,9 +553,10 @@ def _after_fork() -> None:
     """
     for llm in _models:
         llm._making_engine = threading.Lock()
-        engine = llm.__dict__.get("_engine")
-        if engine is not None and not engine.is_idle():
-            del llm.__dict__["_engine"]
+        if llm._engine is not None and not llm._engine.is_idle():
+            llm._engine = None
+        if llm._grammars is not None:
+            llm._grammars.forget_threads()
 
 
 if hasattr(os, "register_at_fork"):

@@ -189,7 +189,7 @@ def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: boo
     sentencepiece_model.proto."""
     proto = bytearray()
     for text, score, kind in pieces:
-        if has_control_shape(text):
+        if kind != _UNKNOWN and has_control_shape(text):  # a model must have an unknown token
             kind = _CONTROL
         data = text.encode("utf-8", "surrogateescape")
         # b"\x15" announces the score: field 2, a 32-bit float.

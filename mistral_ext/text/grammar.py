@@ -7,7 +7,6 @@ raises an error, so that no completion is made without its constraint.
 
 from __future__ import annotations
 
-import functools
 import json
 import threading
 from collections import OrderedDict, deque
@@ -45,7 +44,8 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the attributes below
+        self._vocabulary: LLTokenizer | None = None  # made when it is first needed
         self._kept: OrderedDict[tuple[Constraint, bool], Grammar] = OrderedDict()
 
     def compile(self, constraint: Constraint, starts_text: bool = False) -> Grammar:
@@ -66,14 +66,20 @@ class GrammarCompiler:
         with self._lock:
             grammar = self._kept.pop(key, None)
             if grammar is None or grammar.is_spent:
+                if self._vocabulary is None:
+                    self._vocabulary = self._make_vocabulary()
                 grammar = Grammar(self._vocabulary, *key)
             self._kept[key] = grammar
             if len(self._kept) > _CACHED:
                 self._kept.popitem(last=False)
         return grammar
 
-    @functools.cached_property
-    def _vocabulary(self) -> LLTokenizer:
+    def forget_threads(self) -> None:
+        """Makes the compiler usable in a child process that was forked. A thread that held the lock
+        does not exist there, and would not release it."""
+        self._lock = threading.Lock()
+
+    def _make_vocabulary(self) -> LLTokenizer:
         if find_spec("llguidance") is None:
             raise ImportError(
                 "schema, regex, grammar and tools need llguidance: "

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 # Keywords whose value has schemas by name, and keywords whose value is no schema.
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NO_SCHEMA = ("const", "enum", "default", "examples", "example")
+_ALTERNATIVES = ("anyOf", "oneOf")
 
 # Keywords for readers. They permit and forbid nothing.
 _NOTES = (
@@ -37,10 +38,11 @@ def closed(schema: Any) -> Any:
     properties. What the schema itself says about other properties stays.
 
     An object may have several schemas that list properties, as with allOf, or with a $ref beside
-    properties. If each of them were closed, it would forbid the properties of the others. So they
-    stay open, and the schema that combines them lists all their properties and is closed.
+    properties. If each of them were closed, it would forbid the properties of the others. So these
+    parts stay open, and the schema that combines them lists all their properties and is closed. A
+    $ref in a part leads to an open copy of its target, because the target itself is closed.
     """
-    return _Closing(schema).copy(schema)
+    return _Closing(schema).copy_of_root()
 
 
 class _Closing:
@@ -49,40 +51,53 @@ class _Closing:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._lists: dict[int, bool] = {}  # what `_lists_some` found, by the id of the schema
-        self._parts: set[int] = set()  # the ids of schemas that others combine
-        self._find_parts(root)
+        self._names_of_open: dict[int, str] = {}  # by the id of the schema that was copied
+        self._open: dict[str, Any] = {}  # the open copies of targets, by their names in $defs
 
-    def copy(self, schema: Any) -> Any:
-        """Returns the copy of a schema inside of `root`."""
+    def copy_of_root(self) -> Any:
+        copy = self._copy(self._root)
+        if self._open:
+            copy["$defs"] = {**_dict_in(copy, "$defs"), **self._open}
+        return copy
+
+    def _copy(self, schema: Any) -> Any:
+        """Returns the closed copy of a schema."""
         if not isinstance(schema, dict):
             return schema
-        copy = _with_inner(schema, self.copy)
         listing = self._listing(schema)
-        if id(schema) in self._parts or (listing == 1 and not _dict_in(schema, "properties")):
-            return copy  # the schema that combines it is closed instead, or its only part
         if listing > 1:
-            names = self._names(schema, set())
-            if names is None:
+            copy, names = self._open_copy(schema), self._names(schema, set())
+            if names is None or "additionalProperties" in schema:
                 return copy
             own = _dict_in(copy, "properties")
             copy["properties"] = {**own, **{name: {} for name in names if name not in own}}
-        elif not (schema.get("type") == "object" and isinstance(schema.get("properties"), dict)):
-            return copy
-        return {"additionalProperties": False, **copy}
+            return {"additionalProperties": False, **copy}
+        copy = _with_inner(schema, self._copy)
+        if listing == 1 and not _dict_in(schema, "properties"):
+            return copy  # its only part is closed instead
+        lists = isinstance(schema.get("properties"), dict)
+        return {"additionalProperties": False, **copy} if lists else copy
 
-    def _find_parts(self, schema: Any) -> Any:
-        if isinstance(schema, dict):
-            if self._listing(schema) > 1:
-                self._add_parts(schema)
-            _with_inner(schema, self._find_parts)
-        return schema
+    def _open_copy(self, schema: Any) -> Any:
+        """Returns a copy of a schema in which the schema and its parts are open, and the schemas of
+        properties are closed."""
+        if not isinstance(schema, dict):
+            return schema
+        copy = _with_inner(schema, self._copy, self._open_copy)
+        target = self._target(schema.get("$ref"))
+        if isinstance(target, dict) and self._lists_some(target):
+            copy["$ref"] = f"#/$defs/{self._name_of_open(target)}"
+        return copy
 
-    def _add_parts(self, schema: Mapping[str, Any]) -> None:
-        for group in self._groups(schema):
-            for part in group:
-                if id(part) not in self._parts:
-                    self._parts.add(id(part))
-                    self._add_parts(part)
+    def _name_of_open(self, target: dict[str, Any]) -> str:
+        """The name in $defs of the open copy of a $ref's target."""
+        if id(target) not in self._names_of_open:
+            name = f"open-{len(self._names_of_open)}"
+            while name in _dict_in(self._root, "$defs"):
+                name += "-"
+            self._names_of_open[id(target)] = name  # comes first: the target may refer to itself
+            self._open[name] = self._open_copy(target)
+        return self._names_of_open[id(target)]
 
     def _listing(self, schema: Mapping[str, Any]) -> int:
         """How many of the schemas that a value must match at the same time list properties."""
@@ -92,7 +107,9 @@ class _Closing:
     def _lists_some(self, schema: Mapping[str, Any]) -> bool:
         if id(schema) not in self._lists:
             self._lists[id(schema)] = False  # in case that the schema refers to itself
-            self._lists[id(schema)] = self._listing(schema) > 0
+            # A part that lists no names would permit no property at all if it were closed.
+            lists = isinstance(schema.get("properties"), dict)
+            self._lists[id(schema)] = lists or self._listing(schema) > 0
         return self._lists[id(schema)]
 
     def _groups(self, schema: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
@@ -100,14 +117,14 @@ class _Closing:
         group."""
         for part in _dicts_in(schema, "allOf"):
             yield [part]
-        for key in ("anyOf", "oneOf"):
+        for key in _ALTERNATIVES:
             yield _dicts_in(schema, key)
         target = self._target(schema.get("$ref"))
         yield [target] if isinstance(target, dict) else []
 
     def _target(self, reference: Any) -> Any:
         """The schema inside of `root` to which a $ref points, or None."""
-        if not (isinstance(reference, str) and reference.startswith("#")):
+        if not isinstance(reference, str) or (reference != "#" and reference[:2] != "#/"):
             return None
         found = self._root
         for name in unquote(reference[1:]).split("/")[1:]:
@@ -144,14 +161,20 @@ def _dicts_in(schema: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
-def _with_inner(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Returns a copy of a schema in which the schemas directly inside of it are changed."""
+def _with_inner(
+    schema: Mapping[str, Any],
+    change: Callable[[Any], Any],
+    change_part: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """Returns a copy of a schema in which the schemas directly inside of it are changed.
+    `change_part` changes those that the schema combines. None: `change` does it."""
 
     def changed(key: str, value: Any) -> Any:
         if key in _NO_SCHEMA:
             return value
         if key in _BY_NAME and isinstance(value, dict):
             return {name: change(inner) for name, inner in value.items()}
-        return [change(inner) for inner in value] if isinstance(value, list) else change(value)
+        of_key = change_part if change_part and key in ("allOf", *_ALTERNATIVES) else change
+        return [of_key(inner) for inner in value] if isinstance(value, list) else of_key(value)
 
     return {key: changed(key, value) for key, value in schema.items()}

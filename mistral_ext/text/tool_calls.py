@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_ext.text.constraint import Constraint, guided
-from mistral_ext.text.schema_copies import closed
+from mistral_ext.text.schema_copies import closed, without_notes
 
 MOST_TOOLS = 128  # OpenAI's limit
 ID_LENGTH = 9  # the number of characters in the id of a call, as Mistral writes it
@@ -189,20 +189,22 @@ class ToolUse:
                     text[1] += f" & ~/{free}{form.begin}{free}/"
             rules += text
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(self.names))))
-        for i, name in enumerate(self.names):
+        schemas = [without_notes(self._parameters(name)) for name in self.names]
+        # Refuses what is too large before it is closed, which may make it far larger.
+        Constraint("tools", "".join(json.dumps(schema, ensure_ascii=False) for schema in schemas))
+        for i, (name, schema) in enumerate(zip(self.names, schemas, strict=True)):
             head = json.dumps(HEAD.format(json.dumps(name)))
-            parameters = json.dumps(self._parameters(name), ensure_ascii=False)
+            parameters = json.dumps(guided(closed(schema)), ensure_ascii=False)
             rules += [f'call_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {parameters}"]
         return "\n".join([start, *rules])
 
     def _parameters(self, name: str) -> dict[str, Any]:
-        """The JSON schema of a function's arguments."""
+        """The JSON schema of a function's arguments, which is not closed yet."""
         function = next(t["function"] for t in self.tools if t["function"]["name"] == name)
         if function.get("strict") is False:
-            return guided({"type": "object"})
+            return {"type": "object"}
         # A function takes only the parameters that it lists, and no parameters if it lists none.
-        parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
-        return guided(closed(parameters))
+        return {"type": "object", "properties": {}, **(function.get("parameters") or {})}
 
 
 def check_tools(tools: object) -> list[str]:

@@ -26,7 +26,7 @@ from mistral_ext.files import read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import LowRank
 from mistral_ext.weights.checkpoint import pairs_to_halves, tensor_shapes
-from mistral_ext.weights.gguf_file import read_gguf
+from mistral_ext.weights.gguf_file import is_gguf, read_gguf
 from mistral_ext.weights.gguf_model import gguf_name, gguf_tensors
 from mistral_ext.weights.hub import resolve_adapter
 from mistral_ext.weights.names import PEFT_PREFIX, hugging_face_name
@@ -138,7 +138,7 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
     files = (PEFT_CONFIG, *_PEFT_FILES, MISTRAL_FILE, _MISTRAL_PARAMS)
     file = _find(resolve_adapter(path, files))
     refuse_lfs_pointer(file)
-    if file.suffix == ".gguf":
+    if is_gguf(file):
         return _read_gguf(file, config)
     if file.name in _PEFT_FILES:
         return _read_peft(file, config)
@@ -150,7 +150,7 @@ def _find(path: Path) -> Path:
     if path.is_file():
         if path.name == PEFT_CONFIG:
             return _find(path.parent)
-        if path.name in _PEFT_FILES or path.suffix in (".gguf", ".safetensors"):
+        if path.suffix == ".safetensors" or path.name in _PEFT_FILES or is_gguf(path):
             return path
         raise ValueError(f"{path} is no adapter, expected a .safetensors or .gguf file")
     names = (*_PEFT_FILES, MISTRAL_FILE)

@@ -30,7 +30,8 @@ def expect_replaceable(target: Path) -> None:
     """Raises FileExistsError unless `target` is absent, or an empty folder that `new_folder` can
     replace."""
     expect_free(target)
-    if target.exists() and (os.path.ismount(target) or target.samefile(os.curdir)):
+    # A link is never a mount point itself.
+    if target.exists() and (os.path.ismount(target.resolve()) or target.samefile(os.curdir)):
         raise FileExistsError(
             f"{str(target)!r} is the current folder or a mount point, which cannot be replaced: "
             "expected a new folder, which may lie in it"

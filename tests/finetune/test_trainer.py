@@ -217,7 +217,7 @@ def test_texts_take_a_cache_of_their_length(llm, data, tmp_path, monkeypatch):
     trainer = Trainer(llm, data, tmp_path / "out", **options)
     trainer.train()
     assert made == [len(trainer._sample_prompt) + 5] * 2
-    assert "_engine" not in vars(llm)
+    assert llm._engine is None
     found = llm.logits(trainer._sample_prompt, adapter="other")
     assert llm.adapters.names == ["other"]
     llm.unload_adapter("other")

@@ -116,6 +116,14 @@ def test_added_tokens(metadata, processor, kind):
     assert tokenizer.decode([n, n + 1, n + 2]) == "<tool>"
 
 
+def test_an_unknown_token_of_that_form(metadata, processor):
+    texts = list(metadata["tokenizer.ggml.tokens"])
+    texts[processor.unk_id()] = "<|unk|>"
+    tokenizer = Tokenizer.from_gguf(PATH, metadata | {"tokenizer.ggml.tokens": texts})
+    assert tokenizer.control_ids["<|unk|>"] == processor.unk_id()
+    assert tokenizer.encode("Once upon") == [processor.bos_id(), *processor.encode("Once upon")]
+
+
 # Byte-level BPE
 
 WORDS = {

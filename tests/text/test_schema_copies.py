@@ -24,6 +24,7 @@ def refer(name: str) -> dict:
 CASES = [
     (A, [{}, {"a": "x"}], [{"a": 1}, {"b": "x"}]),
     ({"type": "object"}, [{"b": "x"}], []),
+    ({**A, "type": ["object", "null"]}, [None, {"a": "x"}], [{"b": "x"}]),
     ({**A, "additionalProperties": TEXT}, [{"b": "x"}], [{"b": 1}]),
     # one schema for an object, in another place
     ({**DEFINED, **refer("A")}, [{"a": "x"}], [{"b": "x"}]),
@@ -41,7 +42,22 @@ CASES = [
     ({"anyOf": [A, B], "allOf": [listing(c=TEXT)]}, [{"a": "x", "c": "x"}], [{"d": 1}]),
     (listing(o={"allOf": [A, B]}), [{"o": {"a": "x", "b": "x"}}], [{"o": {"c": 1}}, {"c": 1}]),
     ({**listing(a=TEXT, b=TEXT), "anyOf": [{"required": ["a"]}]}, [{"a": "x"}], [{"b": "x"}]),
-    # a part permits other properties
+    ({**A, "allOf": [listing()]}, [{"a": "x"}], [{"b": "x"}]),
+    # a schema that is a part in one place, and whole in another
+    (
+        {**DEFINED, **listing(o=refer("A"), p={"allOf": [refer("A"), B]})},
+        [{"o": {"a": "x"}, "p": {"a": "x", "b": "x"}}],
+        [{"o": {"b": "x"}}, {"p": {"a": 1}}, {"p": {"c": 1}}],
+    ),
+    (listing(o=A, p={"allOf": [A, B]}), [{"p": {"a": "x", "b": "x"}}], [{"o": {"b": "x"}}]),
+    (
+        listing(o=A, p={"allOf": [{"$ref": "#/properties/o"}, B]}),
+        [{"p": {"a": "x", "b": "x"}}],
+        [{"o": {"b": "x"}}, {"p": {"a": 1}}],
+    ),
+    # a part, or the schema that combines them, says which other properties it permits
+    ({**A, "additionalProperties": False, "allOf": [B]}, [{"a": "x"}], [{"b": "x"}]),
+    ({**A, "additionalProperties": TEXT, "allOf": [listing(b={})]}, [{"c": "x"}], [{"b": 1}]),
     ({"allOf": [A, {**B, "additionalProperties": True}]}, [{"c": 1}], [{"a": 1}]),
     ({"allOf": [A, {**B, "patternProperties": {"^x": TEXT}}]}, [{"xy": "x"}], [{"xy": 1}]),
     # names and values that look like keywords
@@ -50,6 +66,24 @@ CASES = [
     # schemas that refer to themselves
     ({**listing(a={"$ref": "#"})}, [{"a": {"a": {}}}], [{"a": {"b": 1}}]),
     ({**listing(a={"$ref": "#"}), "allOf": [B]}, [{"a": {"b": "x"}}], [{"a": {"c": 1}}]),
+    (
+        {**A, "$defs": {"B": listing(b={"$ref": "#/$defs/B"})}, "allOf": [refer("B")]},
+        [{"a": "x", "b": {"b": {}}}],
+        [{"b": {"a": "x"}}, {"c": 1}],
+    ),
+    (
+        listing(a=TEXT, o={"allOf": [{"$ref": "#"}, B]}),
+        [{"o": {"a": "x", "b": "x", "o": {"b": "x"}}}],
+        [{"b": "x"}, {"o": {"c": 1}}, {"o": {"o": {"c": 1}}}],
+    ),
+    # names of definitions that the copies could take
+    (
+        {"$defs": {"open-0": TEXT, "A": A}, **listing(b=refer("open-0")), "allOf": [refer("A")]},
+        [{"a": "x", "b": "x"}],
+        [{"b": 1}, {"a": 1}],
+    ),
+    # references to names ($anchor) are not followed
+    ({**A, "$ref": "#A", "$defs": {"A": {"$anchor": "A"}}}, [{"a": "x"}], [{"b": "x"}]),
 ]
 
 
@@ -70,8 +104,9 @@ def test_keywords_with_wrong_values_stay(key, wrong):
 
 
 def test_a_schema_that_is_a_part_of_itself():
-    schema = {**A, "allOf": [{"$ref": "#"}]}
-    assert closed(schema) == schema
+    """No value could be checked against it, but the copy is finite."""
+    copy = closed({**A, "allOf": [{"$ref": "#"}]})
+    assert copy["allOf"] == copy["$defs"]["open-0"]["allOf"] == [{"$ref": "#/$defs/open-0"}]
 
 
 def test_notes_are_left_out():

@@ -227,6 +227,19 @@ def test_as_many_tools_as_there_may_be(compilers):
     compilers["v3"].compile(ToolUse.of(MISTRAL, tools).constraint(None))
 
 
+def test_schemas_that_are_too_large_are_refused_before_they_grow():
+    """Each of 2000 properties would list the 5000 names of both of its parts."""
+    names = {f"p{i}": {} for i in range(5000)}
+    both = {"allOf": [{"$ref": "#/$defs/A"}] * 2}
+    parameters = {
+        "$defs": {"A": {"type": "object", "properties": names}},
+        "properties": {f"q{i}": both for i in range(2000)},
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(ValueError, match=r"tools has 1[0-9]{5} bytes, expected at most 65536"):
+        ToolUse.of(MISTRAL, [tool]).constraint(None)
+
+
 def test_arguments_of_a_schema_in_parts(tokenizers, compilers):
     day = {"type": "object", "properties": {"day": {"type": "integer"}}}
     both = {"allOf": [WEATHER["function"]["parameters"], {"$ref": "#/$defs/Day"}]}

@@ -160,6 +160,8 @@ def test_gguf(llm, adapter, tmp_path):
     file = write_gguf(llm, adapter, tmp_path / "adapter.gguf")
     check_equal(read_adapter(file, llm.config), adapter, llm.config, 1.5)
     check_equal(read_adapter(tmp_path, llm.config), adapter, llm.config, 1.5)
+    file = file.rename(tmp_path / "sha256-0123")  # as Ollama names it
+    check_equal(read_adapter(file, llm.config), adapter, llm.config, 1.5)
 
 
 def test_a_model_in_a_gguf_file_is_no_adapter(llm, adapter, tmp_path):

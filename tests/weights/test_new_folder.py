@@ -93,15 +93,18 @@ def test_a_link_keeps_pointing_to_the_folder(tmp_path, exists):
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "link", "model", "other"]
 
 
-@pytest.mark.parametrize("target", ["model", "."])
+@pytest.mark.parametrize("target", ["model", ".", "link"])
 def test_a_folder_that_cannot_be_replaced_is_refused_first(tmp_path, monkeypatch, target):
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path / "model" if target == "." else tmp_path)
-    monkeypatch.setattr(os.path, "ismount", lambda path: path == Path("model"))
+    model, link = tmp_path / "model", tmp_path / "link"
+    model.mkdir()
+    link.symlink_to(model)
+    monkeypatch.chdir(model if target == "." else tmp_path)
+    is_mount = target != "." and model.resolve()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == is_mount)
     message = "current folder or a mount point, which cannot be"
     with pytest.raises(FileExistsError, match=message), new_folder(Path(target)):
         pytest.fail("the block began")
-    assert list(tmp_path.rglob("*")) == [tmp_path / "model"]
+    assert sorted(tmp_path.rglob("*")) == [link, model]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what a descriptor is")
