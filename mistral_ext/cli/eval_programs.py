@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--limit is {args.limit:g}, expected a number of problems")
     from mistral_ext.evaluate.humaneval import complete, read_problems, run_samples, scores
 
-    problems = read_problems(args.humaneval or None)
+    problems = read_problems(None if args.humaneval is True else args.humaneval)
     problems = problems if args.limit is None else problems[: int(args.limit)]
     temperature = args.temperature
     if temperature is None:

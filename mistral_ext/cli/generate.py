@@ -26,7 +26,9 @@ def add_to(commands: options.Commands) -> None:
         help="complete a prompt",
         description="Complete a prompt; the completion streams to stdout.",
     )
-    parser.add_argument("prompt", nargs="?", help="the prompt; '-' or none: read it from stdin")
+    parser.add_argument(
+        "prompt", nargs="?", type=str, help="the prompt; '-' or none: read it from stdin"
+    )
     parser.add_argument(
         "--file", metavar="PATH", help="read the prompt, but for a last newline, from a file"
     )
