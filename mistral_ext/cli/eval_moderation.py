@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral_ext.cli.options import load_adapted_model
-from mistral_ext.files import write_text_file
+from mistral_ext.files import json_text, write_text_file
 
 if TYPE_CHECKING:
     from mistral_ext.evaluate.moderation import Confusion
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
                 for case, judged in zip(cases, found, strict=True)
             ],
         }
-        write_text_file(Path(args.output), json.dumps(results, indent=2) + "\n")
+        write_text_file(Path(args.output), json_text(results, indent=2) + "\n")
     return 0
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral_ext.cli.options import load_adapted_model
-from mistral_ext.files import write_text_file
+from mistral_ext.files import json_text, write_text_file
 
 if TYPE_CHECKING:
     from mistral_ext.evaluate.humaneval import Sample
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--limit is {args.limit:g}, expected a number of problems")
     from mistral_ext.evaluate.humaneval import complete, read_problems, run_samples, scores
 
-    problems = read_problems(args.humaneval or None)
+    problems = read_problems(None if args.humaneval is True else args.humaneval)
     problems = problems if args.limit is None else problems[: int(args.limit)]
     temperature = args.temperature
     if temperature is None:
@@ -62,7 +61,7 @@ def _write(args: argparse.Namespace, samples: Sequence[Sample]) -> None:
     for sample in samples:
         line = {"task_id": sample.problem.task_id, "completion": sample.completion}
         tested = {} if sample.result is None else {"passed": sample.passed, "result": sample.result}
-        lines.append(json.dumps({**line, **tested}) + "\n")
+        lines.append(json_text({**line, **tested}) + "\n")
     write_text_file(Path(args.output), "".join(lines))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 
 from mistral_ext.cli import options
 from mistral_ext.cli.input import read_text, stdin
 from mistral_ext.cli.options import load_adapted_model
 from mistral_ext.cli.output import print_timing, report
 from mistral_ext.engine.params import SamplingParams
+from mistral_ext.files import json_text
 
 
 def add_to(commands: options.Commands) -> None:
@@ -26,7 +26,9 @@ def add_to(commands: options.Commands) -> None:
         help="complete a prompt",
         description="Complete a prompt; the completion streams to stdout.",
     )
-    parser.add_argument("prompt", nargs="?", help="the prompt; '-' or none: read it from stdin")
+    parser.add_argument(
+        "prompt", nargs="?", type=str, help="the prompt; '-' or none: read it from stdin"
+    )
     parser.add_argument(
         "--file", metavar="PATH", help="read the prompt, but for a last newline, from a file"
     )
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json or args.n > 1:
         for completion in llm.generate(prompt, args.special, adapter, **sampling):
             if args.json:
-                print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+                print(json_text(dataclasses.asdict(completion), ensure_ascii=False))
                 print_timing(completion)
             else:
                 print(prompt if args.echo else "", completion.text, sep="")

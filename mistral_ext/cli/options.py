@@ -210,7 +210,7 @@ def sampling() -> argparse.ArgumentParser:
         ("--grammar", "write what matches the Lark grammar in FILE"),
     ):
         group.add_argument(name, type=_contents, metavar="FILE", help=text)
-    group.add_argument("--regex", metavar="REGEX", help="write what matches as a whole")
+    group.add_argument("--regex", type=str, metavar="REGEX", help="write what matches as a whole")
     return parser
 
 

@@ -46,10 +46,16 @@ _OF_A_FILE = re.compile(r"\S*[/.]\S*:? ")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated options, and reports wrong usage in one line."""
+    """A parser that takes no abbreviated options and no empty values, and reports wrong usage in
+    one line.
+
+    A value is empty if it is a variable of the shell that is not set (--output "$FILE"). It would
+    mean the default, or the current folder. Options that may be empty have `type=str`.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.register("type", None, _filled)  # for options without a type
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -68,6 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.type = str  # the parser of the command looks at the values behind its name
     for command in _COMMANDS:
         command.add_to(commands)
     for command_parser in commands.choices.values():
@@ -97,6 +104,12 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
     problem, comma, expected = message.partition(",")
     problem = re.sub(r"(^|(?<= and ))\w+(?= (is|are|has|and) )", flag, problem)
     return _NAME.sub(flag, problem + comma + expected)
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no value (is a variable not set?)")
+    return text
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:

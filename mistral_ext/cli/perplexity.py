@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 
 from mistral_ext.cli import options
 from mistral_ext.cli.input import read_text
 from mistral_ext.cli.options import load_adapted_model
+from mistral_ext.files import json_text
 
 
 def add_to(commands: options.Commands) -> None:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     result = perplexity(llm, texts, args.max_tokens, adapter=adapter)
     if args.json:
         shown = {"perplexity": result.value, **dataclasses.asdict(result), "rate": result.rate}
-        print(json.dumps(shown))
+        print(json_text(shown))
         return 0
     print(f"perplexity {result.value:.4f}")
     print(

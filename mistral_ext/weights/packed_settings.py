@@ -123,6 +123,7 @@ def _awq(settings: Mapping[str, Any]) -> Packing:
 
 def _compressed_tensors(settings: Mapping[str, Any]) -> Packing:
     _choice(settings, "format", ("pack-quantized",), None)
+    _expect_weights_alone_turned(settings.get("transform_config"))
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise ValueError(f"config_groups is {groups!r:.60}, expected an object with one group")
@@ -142,6 +143,23 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Packing:
     size = _group(weights, "group_size") if strategy == "group" else WHOLE_ROW
     act_order = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
     return Packing("compressed-tensors", bits, size, symmetric, act_order=act_order)
+
+
+def _expect_weights_alone_turned(config: object) -> None:
+    """Raises ValueError if a model has rotations that are computed as it runs (SpinQuant, QuIP).
+    Rotations of weights alone are in the weights already."""
+    if not config:
+        return
+    try:
+        schemes = config["config_groups"].values()  # type: ignore[index]
+        places = {apply["location"] for scheme in schemes for apply in scheme["apply"]}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"transform_config is {config!r:.60}, expected null") from None
+    for place in sorted(places - {"weight_input", "weight_output"}, key=str):
+        raise ValueError(
+            f"transform_config has location {place!r}, expected weight_input or weight_output: "
+            "activations are not rotated"
+        )
 
 
 def _bitsandbytes(settings: Mapping[str, Any]) -> Packing:

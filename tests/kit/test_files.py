@@ -1,11 +1,14 @@
 """Text files as editors and shells of several systems write them."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mistral_ext import cli
-from mistral_ext.files import decode_text, read_json_object, read_text_file
+from mistral_ext.files import decode_text, json_text, read_json_object, read_text_file
+from mistral_ext.weights.hub import DEMO_MODEL
 
 BOM = b"\xef\xbb\xbf"
 
@@ -71,3 +74,25 @@ def test_not_a_json_object(content, tmp_path):
     for mark in (b"", BOM):
         path.write_bytes(mark + json.dumps({"a": 1}).encode())
         assert read_json_object(path) == {"a": 1}
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    nan, inf = float("nan"), float("inf")
+    value = {"a": nan, "b": [inf, (-inf, 1.5)], 3: {"c": "NaN", "d": None, "e": True}}
+    expected = {"a": None, "b": [None, [None, 1.5]], "3": {"c": "NaN", "d": None, "e": True}}
+    assert json.loads(json_text(value, indent=2)) == expected
+
+
+def test_commands_print_json_without_nan(tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(DEMO_MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time")
+    of_text = ["--json", "--file", str(text)]
+    for command in (["perplexity", "--model", str(folder)], ["compare", str(folder)]):
+        assert cli.main([*command, *of_text]) == 0
+        printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert None in printed.values()

@@ -26,6 +26,11 @@ def compressed(group=None, **weights):
     }
 
 
+def transforms(*locations):
+    applied = [{"location": location, "targets": ["Linear"]} for location in locations]
+    return {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": applied}}}}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -51,6 +56,10 @@ def compressed(group=None, **weights):
         (
             compressed(strategy="channel", group_size=None),
             Packing("compressed-tensors", 4, WHOLE_ROW, True),
+        ),
+        (
+            compressed() | transforms("weight_input", "weight_output"),
+            Packing("compressed-tensors", 4, 32, True),
         ),
         (NF4, Packing("bitsandbytes")),
     ],
@@ -93,6 +102,11 @@ def test_settings(settings, expected, tmp_path):
         (compressed(num_bits=8, symmetric=False), "symmetric is False with 8 bits"),
         (compressed(type="float"), "type is 'float', expected 'int'"),
         (compressed(strategy="tensor"), "strategy is 'tensor', expected 'group' or 'channel'"),
+        (compressed() | {"transform_config": {"R4": 1}}, "transform_config is {'R4': 1}, expected"),
+        (
+            compressed() | transforms("weight_output", "input"),
+            "transform_config has location 'input', expected weight_input or weight_output",
+        ),
         (NF4 | {"load_in_8bit": True}, "load_in_8bit is True, expected load_in_4bit"),
         (NF4 | {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', expected 'nf4'"),
     ],
