@@ -1,11 +1,12 @@
 """Text files as editors and shells of several systems write them."""
 
 import json
+import os
 
 import pytest
 
 from mistral_ext import cli
-from mistral_ext.files import decode_text, read_json_object, read_text_file
+from mistral_ext.files import decode_text, read_json_object, read_text_file, write_text_file
 
 BOM = b"\xef\xbb\xbf"
 
@@ -71,3 +72,18 @@ def test_not_a_json_object(content, tmp_path):
     for mark in (b"", BOM):
         path.write_bytes(mark + json.dumps({"a": 1}).encode())
         assert read_json_object(path) == {"a": 1}
+
+
+def test_a_link_and_a_pipe_are_written_and_stay(tmp_path):
+    link, target, pipe = (tmp_path / name for name in ("link", "target", "pipe"))
+    link.symlink_to(target.name)
+    for text in ("new", "old"):
+        write_text_file(link, text)
+        assert (link.is_symlink(), target.read_text()) == (True, text)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text_file(pipe, "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "target", "pipe"}
