@@ -22,7 +22,12 @@ def read_text_file(path: str | Path) -> str:
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Writes a UTF-8 file. After an error, an older file at the path is unchanged."""
+    """Writes a UTF-8 file. After an error, an older file at the path is unchanged. If the path is a
+    link, its target is written. A device such as /dev/null, or a pipe, is written and stays."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -438,8 +438,8 @@ class Mistral(RequestMaker):
             template, adapter: as in `chat`.
 
         Raises:
-            ValueError: the model is a base model or has no tokenizer, the content is too long, or
-                no adapter has the name.
+            ValueError: the model is a base model or has no tokenizer, the content is too long, no
+                adapter has the name, or the model's logits are NaN.
         """
         request = self.moderation_request(content, template, adapter=adapter)
         for output in self.engine.outputs([request]):
@@ -451,7 +451,7 @@ class Mistral(RequestMaker):
 
     def moderation_of(self, logits: Tensor) -> Moderation:
         """Reads the judgement from the logits [V] after the last token of a
-        `moderation_request`."""
+        `moderation_request`. Raises ValueError if they are NaN."""
         _, following = label_ids(self.require_tokenizer())
         of_labels = logits[list(following.values())].tolist()
         return Moderation.of(dict(zip(following, of_labels, strict=True)))

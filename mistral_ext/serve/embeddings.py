@@ -14,7 +14,7 @@ from torch import Tensor
 from mistral_ext.engine.embedding import pool
 from mistral_ext.serve import asgi, fields
 from mistral_ext.serve.calls import Call
-from mistral_ext.serve.errors import bad_request
+from mistral_ext.serve.errors import bad_request, failed
 from mistral_ext.serve.protocol import check_fields, prompts_of
 from mistral_ext.serve.service import Service
 
@@ -40,6 +40,8 @@ class EmbeddingCall(Call):
             pooled = await asgi.until_disconnect(receive, self._pool(texts, given, adapter))
         self.record.reason = "stop"
         as_base64 = given.get("encoding_format") == "base64"
+        if pooled.isnan().any():  # which JSON cannot say
+            raise failed(ValueError("an embedding is NaN: the model's weights may be damaged"))
         rows = torch.nn.functional.normalize(pooled[:, :size], dim=1)
         data = [
             {"object": "embedding", "index": i, "embedding": _written(row, as_base64)}

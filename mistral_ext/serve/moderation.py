@@ -10,6 +10,7 @@ from typing import Any
 from mistral_ext.engine.request import Request
 from mistral_ext.serve import asgi, fields
 from mistral_ext.serve.calls import Call
+from mistral_ext.serve.errors import failed
 from mistral_ext.serve.protocol import check_fields
 from mistral_ext.serve.service import Service
 from mistral_ext.text.guardrails import CATEGORIES, Moderation
@@ -36,6 +37,9 @@ async def judge(
 
     Returns:
         The judgements, in the order of the requests.
+
+    Raises:
+        ApiError: 500, the model's logits are NaN.
     """
     found: dict[int, Moderation] = {}
     async with aclosing(call.read_prompts(requests)) as outputs:
@@ -44,7 +48,10 @@ async def judge(
                 if ping:
                     await ping()
             elif come[1].prompt_logits is not None and len(come[1].prompt_logits):
-                found[come[0]] = service.llm.moderation_of(come[1].prompt_logits[-1])
+                try:
+                    found[come[0]] = service.llm.moderation_of(come[1].prompt_logits[-1])
+                except ValueError as error:
+                    raise failed(error) from error
     for moderation in found.values():
         service.metrics.moderated(kind, moderation.category)
     return [found[i] for i in range(len(requests))]

@@ -64,10 +64,15 @@ class Moderation:
         Args:
             logits: for each of `LABELS` the logit of the token that distinguishes it from the
                 others (see `label_ids`).
+
+        Raises:
+            ValueError: a logit is NaN, or no judgement follows from those that are infinite.
         """
         most = max(logits.values())
         weights = {label: math.exp(logit - most) for label, logit in logits.items()}
         total = sum(weights.values())
+        if math.isnan(total):
+            raise ValueError("the model's logits are NaN or infinite: its weights may be damaged")
         return cls({name: weights[name] / total for name in CATEGORIES})
 
     @property

@@ -1,9 +1,10 @@
-"""Makes copies of JSON schemas: closed ones, and ones without notes."""
+"""Makes copies of JSON schemas: closed ones, ones without notes, and ones with inclusive bounds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 # Keywords whose value has schemas by name, and keywords whose value is no schema.
@@ -19,6 +20,10 @@ _NOTES = (
 # Formats that any text has. Pydantic and OpenAPI write them, and JSON Schema does not know them.
 _FREE_FORMATS = ("binary", "password", "path")
 
+# How far apart an excluded bound of 0 and the included bound are. The least float has 324 digits,
+# so its grammar would be too large.
+_FROM_ZERO = 1e-16
+
 
 def without_notes(schema: Any) -> Any:
     """Returns a copy of a schema that permits the same values, without descriptions and the like.
@@ -31,6 +36,42 @@ def without_notes(schema: Any) -> Any:
         for key, value in copy.items()
         if not (key in _NOTES or (key == "format" and value in _FREE_FORMATS))
     }
+
+
+def inclusive(schema: Any) -> Any:
+    """Returns a copy of a schema whose numbers may not be 1 if they have to be above 1, and so on.
+
+    If numbers have to be above 1 and at most 1.5, llguidance permits 1, too. It has this fault if
+    the bound that is excluded is whole, and the other bound is less than 1 away and farther from 0.
+    The other bound may be in another part of the schema. So all such bounds are replaced by
+    numbers close to them, which are included.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    copy = _with_inner(schema, inclusive)
+    if copy.get("type") != "integer":
+        _include(copy, "minimum", "exclusiveMinimum", 1)
+        _include(copy, "maximum", "exclusiveMaximum", -1)
+    return copy
+
+
+def _include(schema: dict[str, Any], included: str, excluded: str, sign: int) -> None:
+    """Replaces a bound that is excluded. `sign` says on which side of the bound the numbers are."""
+    bound, other = schema.get(excluded), schema.get(included)
+    if bound is True:  # as in version 4 of JSON Schema: the other keyword has the bound
+        bound = other
+    if not _is_number(bound) or bound != int(bound) or not 0 <= sign * bound < 2**50:
+        return
+    # llguidance reads some numbers as the float next to them, so the next float is too close.
+    nearest = sign * bound + (4 * math.ulp(bound) if bound else _FROM_ZERO)
+    given = [sign * other] if _is_number(other) else []
+    del schema[excluded]
+    schema[included] = sign * max([nearest, *given])
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < math.inf
 
 
 def closed(schema: Any) -> Any:

@@ -1,13 +1,20 @@
 """Text files as editors and shells of several systems write them."""
 
 import json
+import os
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from mistral_ext import cli
-from mistral_ext.files import decode_text, json_text, read_json_object, read_text_file
+from mistral_ext.files import (
+    decode_text,
+    json_text,
+    read_json_object,
+    read_text_file,
+    write_text_file,
+)
 from mistral_ext.weights.hub import DEMO_MODEL
 
 BOM = b"\xef\xbb\xbf"
@@ -96,3 +103,18 @@ def test_commands_print_json_without_nan(tmp_path, capsys):
         assert cli.main([*command, *of_text]) == 0
         printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
         assert None in printed.values()
+
+
+def test_a_link_and_a_pipe_are_written_and_stay(tmp_path):
+    link, target, pipe = (tmp_path / name for name in ("link", "target", "pipe"))
+    link.symlink_to(target.name)
+    for text in ("new", "old"):
+        write_text_file(link, text)
+        assert (link.is_symlink(), target.read_text()) == (True, text)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text_file(pipe, "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "target", "pipe"}

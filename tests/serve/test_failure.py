@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from servers import serving
 
 COMMAND = (sys.executable, str(Path(__file__).parent / "faulty_server.py"))
@@ -98,3 +101,32 @@ def test_9_options_of_one_request_do_not_leak_into_the_next():
         for _ in range(2):
             assert ask(server, "The old king", temperature=0, **biased).json()["choices"] != plain
             assert ask(server, "The old king", temperature=0).json()["choices"] == plain
+
+
+@pytest.fixture(scope="module")
+def damaged(tiny_folder, tmp_path_factory):
+    """A server of a model whose logits are NaN."""
+    folder = tmp_path_factory.mktemp("damaged") / "damaged-Instruct"
+    shutil.copytree(tiny_folder, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"].fill_(torch.nan)
+    save_file(tensors, file)
+    with serving("--model", str(folder), "--moderate", "input") as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("embeddings", {"input": "a"}),
+        ("moderations", {"input": "a"}),
+        ("completions", {"prompt": "a"}),
+        ("completions", {"prompt": "a", "stream": True}),
+    ],
+)
+def test_a_damaged_model_judges_and_embeds_nothing(damaged, path, body):
+    response = damaged.post(f"/v1/{path}", body)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "engine_error"
+    assert "NaN" in response.json()["error"]["message"]

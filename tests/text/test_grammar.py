@@ -220,3 +220,30 @@ def test_a_schema_that_contains_itself():
 
 def test_order_of_properties_is_that_of_the_schema():
     assert schema_text({"b": 1, "a": {"d": 1, "c": "é"}}) == '{"b": 1, "a": {"d": 1, "c": "é"}}'
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("whole", [0, 1, 99, 1000])
+@pytest.mark.parametrize("type_", ["number", ["number", "null"]])
+def test_bounds_that_are_excluded(type_, whole, sign, v3):
+    """llguidance would permit the excluded bound if it is whole and the other bound is near."""
+    low, high = ("Minimum", "Maximum") if sign == 1 else ("Maximum", "Minimum")
+    limit = {f"exclusive{low}": sign * whole, low.lower(): sign * (whole - 1)}
+    end = {high.lower(): sign * (whole + 0.5)}
+    old = {f"exclusive{low}": True, low.lower(): sign * whole}  # as in version 4 of JSON Schema
+    for schema in ({**limit, **end}, {**limit, "allOf": [end]}, {**old, **end}):
+        rule = Constraint("schema", json.dumps({"type": type_, **schema}))
+        grammar = GrammarCompiler(v3).compile(rule)
+        right = [f"{sign * (whole + part)}" for part in (0.5, 0.25, 0.001)]
+        wrong = [f"{whole}", f"{whole}.0", f"-{whole}", f"{sign * (whole + 0.75)}"]
+        assert [may_be(grammar, v3, text) for text in right + wrong] == [True] * 3 + [False] * 4
+
+
+def may_be(grammar, tokenizer, text: str) -> bool:
+    state = grammar.state([])
+    token_ids = tokenizer.encode(text, bos=False)
+    return (
+        state.validate_tokens(token_ids) == len(token_ids)
+        and state.consume_tokens(token_ids)
+        and state.is_accepting()
+    )

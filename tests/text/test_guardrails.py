@@ -76,6 +76,18 @@ def test_scores_are_shares_of_the_labels():
     assert (found.category, found.flagged) == ("acceptable", False)
 
 
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_no_judgement_follows_from_wrong_logits(place, wrong):
+    """It must not be taken for the judgement that a content is acceptable."""
+    logits = dict.fromkeys(LABELS, 1.0)
+    logits[LABELS[place]] = wrong
+    with pytest.raises(ValueError, match="logits are NaN"):
+        Moderation.of(logits)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        Moderation.of(dict.fromkeys(LABELS, -math.inf))
+
+
 def test_the_tokens_of_labels():
     tokenizer = Tokenizer.from_folder(DEMO_MODEL)
     begin, following = label_ids(tokenizer)

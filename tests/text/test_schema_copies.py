@@ -1,10 +1,10 @@
 """Closed schemas permit what the schema permits, without properties that it does not list. Schemas
-without notes permit the same values."""
+without notes permit the same values. Schemas with inclusive bounds permit no other values."""
 
 import pytest
 from jsonschema import Draft202012Validator
 
-from mistral_ext.text.schema_copies import closed, without_notes
+from mistral_ext.text.schema_copies import closed, inclusive, without_notes
 
 
 def listing(**properties):
@@ -126,3 +126,32 @@ def test_formats_that_any_text_has_are_left_out():
         assert without_notes({"anyOf": [{**TEXT, "format": name}]}) == {"anyOf": [TEXT]}
     for schema in ({"format": "uri"}, {"format": 5}, {"format": ["path"]}, True, 3):
         assert without_notes(schema) == schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {"exclusiveMinimum": 0.5, "exclusiveMaximum": 1},
+        {"exclusiveMinimum": -1},
+        {"exclusiveMinimum": True},
+        {"exclusiveMinimum": False, "minimum": 0},
+        {"exclusiveMinimum": "0"},
+        {"exclusiveMinimum": float("inf")},
+        {"exclusiveMinimum": 2**60},
+        {"exclusiveMinimum": 10**400},
+        {"enum": [{"exclusiveMinimum": 0}]},
+    ],
+)
+def test_bounds_that_stay(schema):
+    assert inclusive(schema) == schema
+
+
+def test_bounds_that_become_inclusive():
+    changed = inclusive(
+        {"anyOf": [{"exclusiveMinimum": 1}, {"exclusiveMaximum": 0, "maximum": -3}]}
+    )
+    first, second = changed["anyOf"]
+    assert list(first) == ["minimum"]
+    assert 1 < first["minimum"] < 1 + 1e-12
+    assert second == {"maximum": -3}
