@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -22,15 +26,27 @@ def read_text_file(path: str | Path) -> str:
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Writes a UTF-8 file. After an error, an older file at the path is unchanged. If the path is a
-    link, its target is written. A device such as /dev/null, or a pipe, is written and stays."""
+    """Writes a UTF-8 file, as `_write` does."""
+    _write(path, text.encode())
+
+
+def write_png(path: Path, figure: Figure) -> None:
+    """Writes a figure of matplotlib as a PNG file, as `_write` does."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    _write(path, data.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file. After an error, an older file at the path is unchanged. If the path is a link,
+    its target is written. A device such as /dev/null, or a pipe, is written and stays."""
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     path = path.resolve()
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mistral_ext.files import write_png
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -88,12 +90,7 @@ def draw(points: Sequence[Point], roofs: Roofs, title: str, path: Path) -> None:
     _draw_points(axes, points)
     axes.set_title(title, fontsize=10)
     axes.grid(which="major", alpha=0.3)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=150)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_png(path, figure)
 
 
 def _draw_roofs(axes: Axes, roofs: Roofs, right: float, top: float) -> None:

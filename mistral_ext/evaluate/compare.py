@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_ext.engine.request import Request
+from mistral_ext.files import write_png
 from mistral_ext.llm import Mistral
 
 
@@ -162,9 +163,4 @@ def write_histogram(comparison: Comparison, path: Path, title: str) -> None:
     axes.set_xlabel("KL divergence after a token, log10 of nats; line: log10 of the mean")
     axes.set_ylabel("tokens")
     axes.set_title(title)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=150)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_png(path, figure)

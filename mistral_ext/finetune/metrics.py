@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mistral_ext.files import write_text_file
+from mistral_ext.files import write_png, write_text_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -120,10 +120,5 @@ def write_plot(folder: Path) -> Path | None:
     axes.set_ylim(bottom=0)
     axes.legend()
     path = folder / PLOT
-    part = path.with_name(f"{path.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=150)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_png(path, figure)
     return path

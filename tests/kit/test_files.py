@@ -13,6 +13,7 @@ from mistral_ext.files import (
     json_text,
     read_json_object,
     read_text_file,
+    write_png,
     write_text_file,
 )
 from mistral_ext.weights.hub import DEMO_MODEL
@@ -103,6 +104,13 @@ def test_commands_print_json_without_nan(tmp_path, capsys):
         assert cli.main([*command, *of_text]) == 0
         printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
         assert None in printed.values()
+
+
+def test_a_plot_goes_through_a_link(tmp_path):
+    (tmp_path / "link.png").symlink_to("plot.png")
+    write_png(tmp_path / "link.png", pytest.importorskip("matplotlib.figure").Figure())
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_link_and_a_pipe_are_written_and_stay(tmp_path):

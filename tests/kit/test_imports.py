@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "serve": {"llm", ""} | _MODELS - {"model"},
     "finetune": {"llm", "files"} | _MODELS - {"engine"},
     "evaluate": {"llm", "files"} | _MODELS,
-    "bench": {"llm", ""} | _MODELS,
+    "bench": {"llm", "files", ""} | _MODELS,
     "integrations": {"llm"} | _MODELS,
     "": {"chat", "llm"} | _MODELS,
     "demo": set(),
