@@ -440,6 +440,7 @@ class Mistral(RequestMaker):
         Raises:
             ValueError: the model is a base model or has no tokenizer, the content is too long, no
                 adapter has the name, or the model's logits are NaN.
+            TypeError: the content of a message is no text, but for instance a list of parts.
         """
         request = self.moderation_request(content, template, adapter=adapter)
         for output in self.engine.outputs([request]):

@@ -102,6 +102,9 @@ def question(content: str | Sequence[Message], end: int | None = None) -> list[M
     Args:
         content: a text, or messages. With messages the question is about the last message.
         end: show only this many characters at the end of the content. None: show all.
+
+    Raises:
+        TypeError: the content of a message is neither text nor None.
     """
     is_text, text = isinstance(content, str), _written(content)
     what = "this text" if is_text else "the last message of this conversation"
@@ -117,8 +120,13 @@ def question(content: str | Sequence[Message], end: int | None = None) -> list[M
 
 
 def _written(content: str | Sequence[Message]) -> str:
+    """Writes out a content. Raises TypeError if a message's content is neither text nor None."""
     if isinstance(content, str):
         return content
+    for i, message in enumerate(content):
+        if not isinstance(message.get("content"), str | None):
+            kind = type(message["content"]).__name__
+            raise TypeError(f"content of messages[{i}] is a {kind}, expected text")
     return "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in content)
 
 

@@ -65,6 +65,14 @@ def test_a_question_shows_the_end_of_what_is_too_long(text):
     assert "assistant: BAD\n" in tokenizer.decode(asked(room, [{**USER, "content": text}, reply]))
 
 
+def test_the_content_of_a_message_is_text():
+    parts = [{"type": "text", "text": "Hello"}]
+    with pytest.raises(TypeError, match=r"^content of messages\[1\] is a list, expected text"):
+        question([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts}])
+    calls = {"role": "assistant", "content": None, "tool_calls": []}
+    assert "assistant: \n" in question([calls])[0]["content"]
+
+
 def test_scores_are_shares_of_the_labels():
     shares = zip(LABELS, (0.05, 0.01, 0.1, 0.04), strict=True)
     logits = {label: math.log(share) + 3 for label, share in shares}
