@@ -111,7 +111,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
         }
         for key in _SPECIAL_LISTS:
             listed = values.get(key) or ()
-            if isinstance(listed, dict):  # the tokens with names of the model's own
+            if isinstance(listed, dict):  # names that this model alone has, such as "image_token"
                 names |= {name: _content(token) for name, token in listed.items()}
             else:
                 special.update(map(_content, listed))

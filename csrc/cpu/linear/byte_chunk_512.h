@@ -160,11 +160,13 @@ struct ByteChunk : ByteVectors<format> {
     return _mm512_add_ps(scaled(first, scales.factors[i]), scaled(second, scales.other_factors[i]));
   }
 
-  // The start of the sums: minus (the offset of the unpacked values times the sums of activations).
+  // Returns what the sums start with, to make up for the offset of the unpacked values: minus the
+  // offset, times the sum of the activations by which they are multiplied.
   MISTRAL_SIMD static Ints minus_offsets(__m512i blocks) {
     if (kOffsetLog2 == 0) return broadcast_int(0);
-    // Places 0 and 1 of a lane get minus_sums[0], because all mixed vectors have words of the first
-    // half of the block there. Places 2 and 3 get minus_sums[1].
+    // In every row, words 0 and 1 of a block are at places 0 and 1 of a lane. They meet the first 16
+    // activations of the block, so these places get minus_sums[0]. Places 2 and 3 get minus_sums[1],
+    // which is for the last 16.
     return Ints{_mm512_shuffle_epi32(blocks, _MM_PERM_DDCC)} << kOffsetLog2;
   }
 

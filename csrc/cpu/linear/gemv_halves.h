@@ -22,7 +22,7 @@ struct InHalves {
   };
 };
 
-// Whether these kernels multiply a format: a format whose values are bytes.
+// Whether these kernels multiply a format. They do so if its values are bytes.
 constexpr bool has_half_products([[maybe_unused]] WeightFormat format) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return info(format).bits == 8;

@@ -45,8 +45,8 @@ inline constexpr int64_t kPackedBytes<InIntegers> = 2;
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
-// Whether these kernels multiply a format: a format whose values are bytes, with one scale for a
-// row.
+// Whether these kernels multiply a format. They do so if its values are bytes, with one scale for
+// each row.
 constexpr bool has_int8_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
   return info(format).bits == 8 && info(format).least_group == 0;

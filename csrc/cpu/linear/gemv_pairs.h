@@ -18,8 +18,8 @@ struct InPairs {
   };
 };
 
-// Whether these kernels multiply a format: a format whose values are bytes, with a scale for each
-// group.
+// Whether these kernels multiply a format. They do so if its values are bytes, with a scale for
+// each group.
 constexpr bool has_pair_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
   return info(format).bits == 8 && info(format).least_group != 0;

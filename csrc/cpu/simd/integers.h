@@ -25,7 +25,8 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi8(static_cast<char>(0x88)))};
 }
-// Values 2 i and 2 i + 1 of each word (int4_shift in csrc/formats.h).
+// Values 2 i and 2 i + 1 of each word. After a shift by 4 i they are the lowest bits of its halves
+// (int4_shift in csrc/formats.h), which become lanes.
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm512_and_si512(_mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)),
                            _mm512_set1_epi16(15))};
@@ -110,7 +111,8 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
 }
-// Values 2 i and 2 i + 1 of each word (int4_shift in csrc/formats.h).
+// Values 2 i and 2 i + 1 of each word. After a shift by 4 i they are the lowest bits of its halves
+// (int4_shift in csrc/formats.h), which become lanes.
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm256_and_si256(_mm256_srli_epi32(w.v, 4 * i), _mm256_set1_epi16(15))};
 }

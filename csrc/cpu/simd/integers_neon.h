@@ -20,7 +20,8 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 }
 // Turns values of 4 bits from two's complement into unsigned values that are 8 larger.
 MISTRAL_SIMD Words flip_int4_signs(Words w) { return {veorq_u32(w.v, vdupq_n_u32(0x88888888))}; }
-// Values 2 i and 2 i + 1 of each word (int4_shift in csrc/formats.h).
+// Values 2 i and 2 i + 1 of each word. After a shift by 4 i they are the lowest bits of its halves
+// (int4_shift in csrc/formats.h), which become lanes.
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   const uint16x8_t values = vandq_u16(vreinterpretq_u16_u32(w.v >> 4 * i), vdupq_n_u16(15));
   return {vreinterpretq_s16_u16(values)};

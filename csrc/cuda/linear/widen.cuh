@@ -109,8 +109,8 @@ struct TableWords {
   }
 };
 
-// Words of q5_k, with their fifth bits. `further` is the further word, shifted so that its lowest
-// bit is the fifth bit of the first value.
+// Words of q5_k. `further` is the word that holds the fifth bits (csrc/formats.h), shifted so that
+// its lowest bit is the fifth bit of the first value.
 struct FiveBits {
   template <class T>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
