@@ -164,9 +164,9 @@ struct ByteChunk : ByteVectors<format> {
   // offset, times the sum of the activations by which they are multiplied.
   MISTRAL_SIMD static Ints minus_offsets(__m512i blocks) {
     if (kOffsetLog2 == 0) return broadcast_int(0);
-    // In every row, words 0 and 1 of a block are at places 0 and 1 of a lane. They meet the first 16
-    // activations of the block, so these places get minus_sums[0]. Places 2 and 3 get minus_sums[1],
-    // which is for the last 16.
+    // In every row, words 0 and 1 of a block are at places 0 and 1 of a lane. They meet the first
+    // 16 activations of the block, so these places get minus_sums[0]. Places 2 and 3 get
+    // minus_sums[1], which is for the last 16.
     return Ints{_mm512_shuffle_epi32(blocks, _MM_PERM_DDCC)} << kOffsetLog2;
   }
 
