@@ -54,7 +54,8 @@ void pack_row(const T* x, int64_t inputs, Element* out) {
 template <class Tile>
 void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vectors,
                  int64_t vector, typename Tile::Element* out) {
-  // A unit is 4 bytes here: one element or a pair of elements. It moves as a whole.
+  // The number of units that are read from a row at a time. A unit is 4 bytes here, one element or
+  // a pair of elements, and moves as a whole.
   constexpr int64_t kUnits = 8;
   static_assert(sizeof(typename Tile::Element) * Tile::kDepth == sizeof(uint32_t), "");
   const int64_t all = padded(inputs);
@@ -76,7 +77,8 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
 }
 
 // The type that selects the gemv kernels of a format, for activations of type T that are not
-// rounded to bytes. It is a chunk type (formats.h) or, in some files gemv_*.h, a tag in its place.
+// rounded to bytes. It is a chunk type (formats.h) or a tag in its place, such as InPairs
+// (gemv_pairs.h): a type that only selects kernels.
 template <WeightFormat format, class T>
 struct FewChunkOf {
   // Integers of 16 bits would lose bits of activations in fp32.
@@ -133,10 +135,10 @@ constexpr bool kPacksTogether<InHalves<format>> = true;
 // Packs the K activations of a token for a chunk type.
 template <class Chunk>
 struct Packing {
-  // The number of elements from one packed token to the next. If tokens were a multiple of a way of
-  // the L1 cache apart, as they would be at K = 4096, all would compete for the same sets of the
-  // cache. At an odd multiple of half a way, only every second token does. (A way has 4096 bytes on
-  // x86.)
+  // The number of elements from one packed token to the next. Tokens that are a multiple of kWay
+  // bytes apart, as they would be at K = 4096, compete for the same lines of the L1 cache. So the
+  // distance is an odd multiple of kHalf, with which only every second token competes. (kWay is the
+  // size of a way of this cache on x86.)
   static int64_t elements(int64_t inputs) {
     constexpr int64_t kSize = sizeof(typename Chunk::Arithmetic::Element);
     constexpr int64_t kWay = 4096, kHalf = kWay / 2;

@@ -1,7 +1,7 @@
-// d_x = d_out W with the tiles of gemm.h, in which weights and tokens change places. The lanes of a
-// vector are columns of W, where gemm.h has tokens. Each value of d_out is broadcast to all lanes,
-// as gemm.h does with values of weights. The sum runs over the rows of W, so these rows are packed
-// as they are unpacked, without a transpose. d_out stays in the order of its rows.
+// The gradient of `linear` for its input, d_x = d_out W. It uses the tiles of gemm.h, but weights
+// and tokens change places. The lanes of a vector are columns of W, where gemm.h has tokens. The
+// values that are broadcast to all lanes are those of d_out, where gemm.h has weights. Neighbouring
+// columns are neighbours in a row of W already, so W is packed without a transpose.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -101,8 +101,8 @@ class LinearBackward {
   }
 
   // The address of the packed d_out of a part, from output `begin` on. The layout is [outputs /
-  // kBlockDepth, tokens, kBlockDepth]. The tokens of a block lie close together, so they do not
-  // compete for the same lines of the L1 cache.
+  // kBlockDepth, tokens, kBlockDepth], so the tokens of a block lie close together. With whole rows
+  // of d_out between them, they could compete for the same lines of the L1 cache.
   Element* packed(int64_t part, int64_t begin) const {
     return static_cast<Element*>(p_.scratch) + (packed_outputs(part) + begin) * packed_tokens();
   }
@@ -128,9 +128,8 @@ class LinearBackward {
     });
   }
 
-  // Computes kColumns columns of d_x, from `column` on, for `tokens` tokens. begin_token is the
-  // index of the first of them among the packed tokens. first_token is the index of the first
-  // packed token.
+  // Computes kColumns columns of d_x, from `column` on, for `tokens` tokens. The packed tokens
+  // begin at token first_token of the call, and these tokens at packed token begin_token.
   void multiply(int64_t first_token, int64_t begin_token, int64_t tokens, int64_t column) const {
     [[maybe_unused]] typename Tile::Setup setup;
     Buffers buffers;
@@ -251,9 +250,9 @@ class LinearBackward {
     }
   }
 
-  // Puts the sums of a row from the order of words into the order of memory. Takes them from `sums`
-  // and not from `row`, which has only the first `count` in the order of words. In this order, sums
-  // of the last columns may come later than that.
+  // Puts the sums of a row from the order of words into the order of memory. Reads them from
+  // `sums`, because `row` holds too few: only the first `count` in the order of words. Some sums of
+  // the first `count` columns may come later in that order.
   static void to_natural_order(float* row, int64_t count, const float* sums) {
     for (int64_t k = 0; k < count; k += kUnpacked) {
       for (int64_t i = 0; i < 8; ++i) {

@@ -42,12 +42,14 @@ struct ByteActivations {
 
 using ByteSums = Lanes8;
 
-// 256 activations for vectors of 256 bits. Each block has a 32-bit lane (lane_of).
+// 256 activations for vectors of 256 bits. Each block has a 32-bit lane (lane_of in ../simd). Four
+// words of weights make up a block. Vector 2 w + h of `values` has, in the lane of each block, the
+// 4 activations for the low (h = 0) or the high halves of the bytes of its word w.
 struct ByteActivations {
   int8_t values[8][32];
   float scale[8];      // the unit of each block, in the order of lanes
   float sum[8];        // the sum of the integers of each block, times its unit
-  int16_t halves[16];  // the sums of the first and of the last 16 integers of each block
+  int16_t halves[16];  // for each lane: the sums of the first and of the last 16 integers
 #if defined(__ARM_FEATURE_MATMUL_INT8)
   char unused[32];  // makes two of these as large as a PairActivations
 #endif
@@ -67,8 +69,9 @@ struct ByteActivations {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
 // 256 activations of each of two tokens, for products with i8mm. A block has four parts of 8
-// activations. Parts 0 and 1 are for two words, parts 2 and 3 for the other two. Even parts are for
-// the low halves of the bytes of these words, odd parts for the high halves.
+// activations. Parts 0 and 1 are for words 0 and 1 of the block of weights, parts 2 and 3 for words
+// 2 and 3. Even parts are for the low halves of the bytes of these words, odd parts for the high
+// halves.
 struct PairActivations {
   int8_t values[8][4][2][8];  // [block][part][token]
   // [block][row][token]. An instruction gives four sums, of two rows of weights and two tokens.

@@ -1,9 +1,8 @@
 // A chunk holds 256 weights of each of kRows rows, unpacked to bytes. It multiplies them by
 // activations in bytes. This file has the chunk for AVX2, which has one row. Each of the 8 blocks
-// of 32 values has a 32-bit lane in every vector (lane_of). So no sum mixes blocks, one vector
-// holds the scales of all blocks, and one conversion to floats serves 256 values.
-// AVX-512 with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64
-// (byte_chunk_neon.h).
+// of 32 values has a 32-bit lane in every vector (lane_of in bytes.h). So no sum mixes blocks, one
+// vector holds the scales of all blocks, and one conversion to floats serves 256 values. AVX-512
+// with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64 (byte_chunk_neon.h).
 #pragma once
 
 #include <type_traits>
@@ -98,8 +97,8 @@ struct ByteChunk : ByteFormat<format> {
   // The largest value or magnitude that is multiplied without kSumsOf32Bits.
   static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;
   // The number of vectors of values whose products are summed before the sums are widened. It is as
-  // large as it can be without an overflow. In q6_k it is at most 4, because 4 vectors share
-  // scales.
+  // large as it can be without an overflow. In q6_k it is at most 4, because the first 4 vectors
+  // and the last 4 have different scales: those of the first and of the last halves of blocks.
   static constexpr int kFit =
       kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));
   // A lane of 16 bits gets two products from each vector. Activations are -127 to 127.

@@ -1,7 +1,7 @@
 // The chunk of byte_chunk.h for AVX-512 with VNNI. It multiplies 256 values of four rows at a time,
 // in vectors that mix the rows (mixed_rows.h). Each 128-bit lane of a vector belongs to a block of
-// 32 values. In the sums, each of its four places of 32 bits belongs to a row. So one conversion to
-// floats and one scaling serve 4 rows x 4 blocks, 512 values.
+// 32 values. In the sums, each of the lane's four places of 32 bits belongs to a row. So one
+// conversion to floats and one scaling serve 4 rows x 4 blocks, 512 values.
 #pragma once
 
 #include "byte_scales_512.h"
@@ -120,9 +120,9 @@ struct ByteChunk : ByteVectors<format> {
         blocks[n] = _mm512_loadu_si512(x[n]->blocks[i]);
         first[n] = second[n] = minus_offsets(blocks[n]);
       }
-      // `first` gets the products of mixed vectors 0 and 1, `second` those of 2 and 3. Of each row,
-      // vectors 0 and 1 have two words that are one half of a block: words 0 and 1, or words 2 and
-      // 3. Vectors 2 and 3 have the other half.
+      // `first` gets the products of mixed vectors 0 and 1, `second` those of 2 and 3. So each gets
+      // one half of a block, which may have its own scale. In `first` this is the first half (words
+      // 0 and 1) of rows 0 and 1, and the last half (words 2 and 3) of rows 2 and 3.
       const auto multiply = [&](Ints(&sums)[N], int j) {
         for (int n = 0; n < N; ++n) {
           for (int half = 0; half < 2; ++half) {
@@ -201,9 +201,10 @@ struct ByteChunk : ByteVectors<format> {
   }
 };
 
-// The chunk for one row. `added` returns two sums for each block. In 128-bit lane i, places 0 and 1
-// belong to block i, and places 2 and 3 to block 4 + i. In q6_k, where each half of a block has a
-// scale, the two sums are those of its halves. Otherwise both are the sum of the whole block.
+// The chunk for one row. Before the sums are scaled, `added` brings those of all 8 blocks into one
+// vector. In its 128-bit lane i, places 0 and 1 belong to block i, and places 2 and 3 to block 4 +
+// i. In q6_k the two places of a block have the sums of its halves, because each half has a scale.
+// Otherwise both have the sum of the whole block.
 template <WeightFormat format>
 struct ByteRow : ByteVectors<format> {
   using Vectors = ByteVectors<format>;

@@ -35,7 +35,7 @@ struct ByteChunk : ByteFormat<format> {
   // In the next three arrays, as in the sums, the first two lanes of a vector belong to row 0 and
   // the other two to row 1.
   float32x4_t factor[8];   // the scale of each block
-  float32x4_t minimum[8];  // if kMinimum: of each block, to multiply by the sums of activations
+  float32x4_t minimum[8];  // if kMinimum: the offset of each block; multiplies sums of activations
   int32x4_t scales[8][2];  // if kScalesOfHalves: the scales of the halves of each block
 
   MISTRAL_SIMD void take(const char* const (&words)[2], const char* const (&row_scales)[2],

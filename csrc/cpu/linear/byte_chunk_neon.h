@@ -51,7 +51,7 @@ struct ByteRow : ByteFormat<format> {
 
   Bytes32 values[8];
   Lanes8 factor;        // the scale of each block
-  Lanes8 minimum;       // if kMinimum: of each block, to multiply by its sum of activations
+  Lanes8 minimum;       // if kMinimum: the offset of each block; multiplies its sum of activations
   int32x4_t scales[4];  // if kScalesOfHalves: the scales of first halves, then of last halves
 
   // Unpacks the words of a row from value `k` on. `there` is the number of values from there to the

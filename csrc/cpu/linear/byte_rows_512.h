@@ -103,8 +103,8 @@ class ByteRows {
     }
   }
 
-  // The results of 16 rows for a token. To give the bits of few tokens, the sums are added in the
-  // order of sums_of_places (mixed_rows.h).
+  // The results of 16 rows for a token. The sums are added in the order of sums_of_places
+  // (mixed_rows.h), which adds them for few tokens. So both give the same bits.
   static Vec sums_of(const Totals& totals, int group) {
     return {_mm512_add_ps(_mm512_add_ps(totals[0][group], totals[2][group]),
                           _mm512_add_ps(totals[1][group], totals[3][group]))};

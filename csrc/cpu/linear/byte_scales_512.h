@@ -57,7 +57,7 @@ struct ByteScales {
   MISTRAL_SIMD static __m512 high_halves(__m512i x) { return low_halves(_mm512_srli_epi32(x, 16)); }
   MISTRAL_SIMD static __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
 
-  // Takes the scales of groups of 32, 64 or 128 values. A group has one 16-bit number.
+  // Takes the scales of groups of 32, 64 or 128 values. A group has one number in fp16, a half.
   MISTRAL_SIMD void take_halves(const char* const (&groups)[kRows], int group_log2, int64_t there) {
     const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
     const auto both = [&](int r) {
@@ -110,7 +110,8 @@ struct ByteScales {
     const auto numbers = [&](int word) {
       const __m512i of_rows =
           _mm512_permutexvar_epi32(lanes_of([&](int lane) { return lane % 4 * 4 + word; }), bytes);
-      // Each place gets byte lane / 4 of its word as an integer. The indices 0x80 give zero bytes.
+      // In 128-bit lane b, each place gets byte b of its word as an integer. The indices 0x80 give
+      // zero bytes.
       const auto at = [](int lane) {
         return static_cast<int32_t>(0x80808000u) | (lane % 4 * 4 + lane / 4);
       };

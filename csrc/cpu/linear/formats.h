@@ -21,7 +21,7 @@ struct WeightRows {
   int64_t bits;         // the number of bits of a value
   int64_t row_bytes;    // the number of bytes of the values of a row
   int64_t scale_bytes;  // the number of bytes of the scales of a row
-  int group_log2;       // log2 of the number of values that share a scale; 0 without groups
+  int group_log2;       // log2 of the number of values in a group; 0 without groups
 
   WeightRows from(int64_t row) const {
     WeightRows rows = *this;
@@ -81,9 +81,9 @@ MISTRAL_SIMD uint64_t split_scales(const char* group) {
   return even | uint64_t{odd} << 32;
 }
 
-// A chunk is the part of a row that gemv.h reads at a time. It has kValues values. take(values)
-// sets the address of a chunk. operand(i) unpacks some of its values to a vector, the operand of a
-// multiplication. A chunk has kVectors operands.
+// A chunk is the piece of a row that gemv.h reads at a time. (gemv_chunks.h describes another kind
+// of chunk.) It has kValues values. take(values) sets the address of a chunk. operand(i) unpacks
+// some of its values to a vector, the operand of a multiplication. A chunk has kVectors operands.
 //
 // Operands may hold the values in another order than memory. Position p, counted through the
 // operands of a whole row, holds value k_at(p) of the row. Activations are packed in the same

@@ -21,8 +21,8 @@ struct AmxTileOf {
   using Element = bf16;
   static constexpr int64_t kDepth = 2;
   static constexpr int64_t kBlockDepth = 128;
-  // With so many tokens, unpacking a block of weights is a small part of the work. With so many
-  // rows, fetching a block of activations is a small part, too.
+  // With kBlockTokens tokens, unpacking a block of weights is a small part of the work. With
+  // kTaskRows rows, fetching a block of activations is a small part, too.
   static constexpr int64_t kBlockTokens = 512;
   static constexpr int64_t kBlockRows = 96;
   static constexpr int64_t kTaskRows = kBlocks * kBlockRows;

@@ -130,7 +130,8 @@ class BytePanel {
   }
 
   // The first index is a group of kRows rows, which share a chunk. The second index of totals_ is a
-  // group of kTokens tokens, and that of chunks_ is a chunk of the block.
+  // column, which is kTokens tokens that are packed together. The second index of chunks_ is a
+  // chunk of the block.
   Sums totals_[kPanelRows / R][kPanelTokens / M];
   Chunk chunks_[kPanelRows / R][kPanelChunks];
 };

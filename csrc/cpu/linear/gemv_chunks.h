@@ -71,7 +71,8 @@ MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
   }
 }
 
-// The same as add_chunk, for `columns` times kTokens tokens.
+// The same as add_chunk, for any number of columns. A column is kTokens tokens that are packed
+// together.
 template <class Chunk>
 MISTRAL_SIMD void add_columns(const Chunk& chunk, const char* x, int64_t stride_x, int64_t columns,
                               typename Chunk::Sums* totals) {

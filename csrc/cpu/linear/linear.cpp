@@ -17,9 +17,9 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// About the fewest bytes of weights that a thread takes at a time in gemv. With SwiGLU, a thread
-// takes as many bytes of each part. The prefetch comes too late for the first kAheadBytes of these
-// bytes, so there must be many more.
+// About the fewest bytes of weights that a thread takes at a time in gemv, or with SwiGLU, of each
+// of the two parts. The prefetch comes too late for the first kAheadBytes of these bytes, so there
+// must be many more.
 constexpr int64_t kLeastBytes = 1 << 16;
 constexpr int64_t kMostRows = 512;  // the most rows whose outputs are written together
 
@@ -102,7 +102,7 @@ int64_t first_like(const LinearParams& p, int64_t part) {
 // The scratch memory of a call.
 template <class T>
 struct Scratch {
-  T* normalised;            // [T, K]; empty if there is no norm
+  T* normalised;            // [tokens, K]; empty if there is no norm
   char* rows;               // for gemm.h: rows of activations before pack_vector rearranges them
   char* packed[kMaxParts];  // the activations for each part; parts with the same packing share them
   int64_t bytes;

@@ -10,8 +10,9 @@ namespace mistral::cpu::MISTRAL_ISA {
 constexpr int64_t kUnpacked = 8 * Vec::width;  // the number of values that are unpacked at a time
 
 // A function that unpacks kUnpacked values of the first row of `w`, from value k on. k is a
-// multiple of kUnpacked. Values past the end of the row become finite numbers. They do not matter,
-// because the activations there are 0. kUnpacksInOrder says in which order the values come.
+// multiple of kUnpacked. Values past the end of the row become finite numbers, which do not matter:
+// the activations there are 0, or nothing is written there. kUnpacksInOrder says in which order the
+// values come.
 template <class Element>
 using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
 

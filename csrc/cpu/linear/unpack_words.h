@@ -76,8 +76,8 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
 // For q5_k and q6_k: loads, for each word of a vector, the further word that holds the high bits of
 // its values (csrc/formats.h). In q5_k 4 words share a further word, in q6_k 2. The bits of each
 // are at another place in it. A shift moves them to the place of those of word 0, so that all lanes
-// can be unpacked alike. `words` points to the words of the super-block, which the further words
-// follow. `first` is the index of the first word of the vector.
+// can be unpacked alike. `words` points to the words of the super-block, and the further words
+// follow these. `first` is the index in the super-block of the first word of the vector.
 template <WeightFormat format>
 MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
   uint32_t further[Vec::width];

@@ -158,8 +158,8 @@ MISTRAL_SIMD Vec exp(Vec x) { return {expf(x.v)}; }
 
 MISTRAL_SIMD Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(broadcast(0.0f) - x)); }
 
-// These functions are for the last n < width elements of a row. The load sets the other lanes to 0.
-// The store does not write the other lanes.
+// These functions load and store the first n lanes, at most all, for the last elements of a row.
+// The load sets the other lanes to 0. The store does not write them.
 template <class T>
 MISTRAL_SIMD Vec load_first(const T* p, int64_t n) {
   T buffer[Vec::width] = {};
@@ -228,10 +228,9 @@ MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
 #endif
 
 // Transposes a square of lanes, with a vector for each row. A round interleaves each row of the
-// first half with the row half a square below it. Seen in binary, this moves the highest bit of an
-// element's row number to the end of its column number, and the highest bit of the column number to
-// the end of the row number. After as many rounds as a number has bits, row and column have changed
-// places.
+// first half with the row half a square below it. The highest bit of an element's row number thus
+// becomes the lowest bit of its column number, and the highest bit of the column number the lowest
+// bit of the row number. After one round for each bit of these numbers, they have changed places.
 template <class Lanes>
 MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   for (int round = Vec::width; round > 1; round /= 2) {
@@ -258,8 +257,8 @@ MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   return left[0];
 }
 
-// Each lane gets the largest value of its quarter of the vector, which holds scores of one row
-// (attention/decode.h). With 4 lanes or 1, the vector stays as it is.
+// Each lane gets the largest value of its quarter of the vector. In attention/decode.h a quarter
+// holds scores of one row. With 4 lanes or 1, the vector stays as it is.
 #if defined(__AVX512F__)
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
   a = vmax(a, Vec{_mm512_permute_ps(a.v, 0b10110001)});
