@@ -1,6 +1,5 @@
-// The place in a ring where the key and value of a new token are stored. rope stores a token before
-// attention, unless attention still reads the token that it replaces. Then attention itself stores
-// it afterwards (ring.h).
+// The place in a ring where the key and value of a new token are stored. rope stores some new
+// tokens before attention, and attention itself stores others afterwards. ring.h says which.
 #pragma once
 
 #include "../ring.h"

@@ -22,12 +22,12 @@ template <class T>
 struct Head {
   const T* in;
   T* rotated;  // where the rotated head is stored; null for v
-  T* slot;     // where the head is stored in the ring; null for q and if the token is not stored
+  T* slot;     // where the head is stored in the ring; null: this kernel does not store it there
 };
 
 // Finds the addresses of head `index`, which counts the heads of q first, then those of k, then
-// those of v. `stores` says whether the token is stored in the ring. If it is not, `index` must not
-// be a head of v, because the only thing to do with v is to store it.
+// those of v. `stores` says whether this kernel stores the token in the ring. If it does not,
+// `index` must not be a head of v, because the only thing to do with v is to store it.
 template <class T>
 __device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence& s, int64_t token,
                                              int64_t position, bool stores, int index) {

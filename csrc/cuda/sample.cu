@@ -166,7 +166,7 @@ struct Row {
   // Returns the lowest rank that passes the filter `top` (TopK or TopP of sample.h). `measures` [V]
   // holds what each token at or above `threshold` adds to the filter's sum. If it is null, each
   // token adds 1. The tokens are added from the highest rank, `best`, down until the sum is enough
-  // (top.reached). If all tokens at or above `threshold` are not enough, the result is `threshold`.
+  // (top.reached). If the sum is still too small at `threshold`, the result is `threshold`.
   //
   // The result is found digit by digit (of kDigitBits bits), from the highest digit on. For each
   // digit, a histogram is made of the ranks that begin with the digits found so far. A bin holds

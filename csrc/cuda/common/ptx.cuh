@@ -98,8 +98,8 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ---- Matrices. All lanes of a warp make these calls together. A lane holds two neighbouring
-// elements (a pair) of each 8x8 matrix: row lane / 4, columns 2 * (lane % 4) and 2 * (lane % 4) +
-// 1.
+// elements (a pair) of each 8x8 matrix. They are in row lane / 4, and the first of them is in
+// column 2 * (lane % 4).
 
 // Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of a row of 16 bytes: row
 // i % 8 of matrix i / 8. r[j] becomes this lane's pair of matrix j.

@@ -46,8 +46,9 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 }
 
 // Waits until the phase of this parity is complete. The first phase has parity 0, the second 1, the
-// third 0, and so on. During the first phase, a wait for parity 1 returns at once. So a producer
-// that first waits for parity 1 of a stage's `empty` barrier finds a new stage empty.
+// third 0, and so on. During the first phase, a wait for parity 1 returns at once. This helps a
+// thread that fills a buffer, and before that waits until others have emptied it. If it begins with
+// parity 1, it does not wait for a buffer that has never been filled.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity,
                                               Site = Site::here()) {
   uint32_t complete;
@@ -161,8 +162,9 @@ __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 //   K-major: a row has 64 elements along K. `stride_bytes` is the distance from 8 rows to the next
 //   8 rows. `leading_bytes` has no meaning. A product takes 16 elements along K, and those of the
 //   next product begin 32 bytes further.
-//   MN-major: a row has 64 elements along M or N. `stride_bytes` is the distance from 8 steps along
-//   K to the next 8. `leading_bytes` is the distance from 64 elements along M or N to the next 64.
+//   MN-major: a row has 64 elements along M or N, and the next row is the next index along K.
+//   `stride_bytes` is the distance from 8 rows to the next 8 rows. `leading_bytes` is the distance
+//   from 64 elements along M or N to the next 64.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes,
                                                      uint32_t stride_bytes, Site = Site::here()) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;

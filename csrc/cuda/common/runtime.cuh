@@ -1,9 +1,9 @@
 // Launches kernels and gives them shared memory, with a CUDA compiler and a device.
 //
-// Kernels include this file, ptx.cuh and ptx_sm90.cuh in angle brackets, so that the emulator
-// (tests/emulator) can replace these three. The emulator compiles kernels with the host compiler.
-// Its own headers of the same names come earlier on the include path. The emulator also defines the
-// other functions of the CUDA runtime that the host side of the kernels calls.
+// This file, ptx.cuh and ptx_sm90.cuh are included in angle brackets, so that the emulator
+// (tests/emulator) can replace them. The emulator compiles kernels with the host compiler, and puts
+// its own headers of these names earlier on the include path. It also defines the other functions
+// of the CUDA runtime that the host side of the kernels calls.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -38,9 +38,9 @@ __device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int6
   const int i = static_cast<int>(k % kSuperBlock) / (W::kHalfSteps ? 16 : 32);
   Unit units[Scales::kUnits];
   if constexpr (W::kHalfSteps) {
-    // A record is four words of scales and a word with d. Only the word of scale i and d are read.
-    // The scale's word is put first, so that the index in `units` is a constant: an array with a
-    // variable index would not stay in registers.
+    // The scales of 256 values are five words: four with 4 scales each, and one with d. Two words
+    // are read, the one with scale i and the one with d. The former always goes to units[0],
+    // because an array with a variable index would not stay in registers.
     units[0] = load_global(from + i / 4);
     units[4] = load_global(from + 4);
     return Scales(units).next(i & 3);

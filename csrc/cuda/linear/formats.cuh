@@ -2,11 +2,11 @@
 // operands of m16n8k16, the instruction of the tensor cores (ptx.cuh).
 //
 // A chunk is 128 bytes of a row, the size of a cache line. It holds 64, 128 or 256 values. A step
-// is the product over 32 values of a row. In a step a lane has two rows of the weight, and 8
-// neighbouring values of each row, from index k_at on (in q6_k, two times 4 values). In the order
-// of m16n8k16 itself, the pairs of a lane lie apart. But a dot product may be summed in any order,
-// if weights and activations have the same order. So a lane uses 4, 8 or 16 bytes of values as they
-// are stored, and takes the activations with the same indices.
+// multiplies 32 values of each row: two products (m16n8k16) of 16 values. In a step a lane has two
+// rows of the weight, and 8 neighbouring values of each row, from index k_at on (in q6_k, two times
+// 4 values). In the order of m16n8k16 itself, the pairs of a lane lie apart. But a dot product may
+// be summed in any order, if weights and activations have the same order. So a lane uses the values
+// as they are stored, and takes the activations with the same indices.
 #pragma once
 
 #include <ptx.cuh>
@@ -26,7 +26,8 @@ constexpr int kTileBytes = kTileRows * kChunkBytes;
 // A tile in shared memory: a chunk of each of 16 rows, and behind the chunks the further bits of
 // these rows (the bits above the lowest four, in q5_k and q6_k). A row consists of pieces of 16
 // bytes. Their order changes from row to row (a swizzle), so that pieces that are read together lie
-// in different banks. The order of further bits is for reads of the same word of 8 rows together.
+// in different banks. Pieces of further bits have an order of their own, because lanes read a
+// single word of them in each of 8 rows at once.
 template <class W>
 struct WeightTile {
   static constexpr int kBytes = kTileBytes + kTileRows * W::kFurtherBytes;
@@ -83,9 +84,9 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
 //   kRowPadding  see PlainWeights
 //
 // With kRowScaled, a row has one scale. With kGrouped, each group of 2^group_log2 values of a row
-// has a record of scales in memory, of kGroupBytes<Scales> bytes. Scales (scales.cuh) turns records
-// into Scalings. A Scaling serves 2^scaled_log2 values, a group or a part of one. These are a whole
-// number of steps, or half a step.
+// has kGroupBytes<Scales> bytes of scales in memory. Scales (scales.cuh) turns them into Scalings,
+// each a factor and an offset. A Scaling serves 2^scaled_log2 values: the whole group or a part of
+// it. That is a whole number of steps, or half a step.
 
 template <class T>
 struct PlainWeights : Common {
@@ -122,6 +123,8 @@ struct Int8Weights : Common {
   static constexpr int kValues = 128;
   static constexpr int kUnits = 2;
   static constexpr int kUnitSteps = 2;
+  // 4 lanes read 16 bytes each of one token's row, 32 bytes apart. With this padding, the reads of
+  // the next 4 lanes fall into the banks in between.
   static constexpr int kRowPadding = 16;
 
   // A lane takes 16 neighbouring values, 8 for each of two steps.
@@ -208,8 +211,8 @@ struct WordWeights : Common {
     return 32 * step + 8 * column;
   }
   // In a step, a lane needs one word of each of its two rows. One ldmatrix gives it the words of
-  // two steps. Its four matrices are the upper and the lower 8 rows of the first step, then those
-  // of the second step.
+  // two steps. Matrices 0 and 1 hold the words of the first step, for the upper and the lower 8
+  // rows. Matrices 2 and 3 hold those of the second step.
   template <class Tile>
   static __device__ __forceinline__ void take_words(uint32_t (&words)[4], Tile tile, int unit) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;

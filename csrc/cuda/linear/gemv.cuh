@@ -17,17 +17,18 @@
 // and the others are under way. So with most formats, a thread block has 8 warps * 3 stages * 2 KB
 // = 48 KB under way if kM = 1, and 8 * 1 * 4 KB = 32 KB if kM = 2. With kM = 1 and kN <= 2, two
 // thread blocks fit on a multiprocessor, unless normalised rows of x take the room: 16 rows of 4096
-// elements are 129 KB.
+// elements are 129 KB with their padding.
 //
 // Why normalised rows of x are in shared memory (by reasoning, not by measurement): every 16
 // outputs need all of x. With 16 tokens, x has as many bytes as 16 rows of weights of 16 bits, and
 // four times as many as 16 rows of weights of 4 bits. L1 is too small for it, and reads of x from
 // L2 would compete with the weights.
 //
-// K is not divided among thread blocks, so there are no partial sums in global memory. Even the
-// smallest launch of Mistral 7B (wo) has 256 blocks of 16 outputs, nearly two for each of 132
-// multiprocessors. If some multiprocessors have fewer blocks than others, this costs little: half
-// of the multiprocessors have enough bytes under way for the full bandwidth of the memory.
+// K is not divided among thread blocks, so there are no partial sums in global memory. There are
+// enough outputs without that. If the weights of Mistral 7B have one format, even its smallest
+// launches have 256 blocks of 16 outputs, nearly two for each of 132 multiprocessors. If some
+// multiprocessors have fewer blocks than others, this costs little: half of the multiprocessors,
+// with two thread blocks each, have enough bytes under way for the full bandwidth of the memory.
 //
 // The bits of a product depend only on the token's row of x and the row of the weight, not on the
 // other tokens, the other parts, or the GPU.
@@ -226,8 +227,8 @@ __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const 
 
 // Adds up the sums of the warps and finishes the outputs. A round does this for one tile and kRound
 // octets of tokens. Every warp stores its sums to shared memory. Then kRound warps, one for each
-// octet, add them up. In the next round other warps do so. `round` counts the rounds of this
-// thread block. Two buffers in `partial_sums` alternate, so that a round needs only one barrier.
+// octet, add them up. The warps take turns at that. `round` counts the rounds of this thread block.
+// Two buffers in `partial_sums` alternate, so that a round needs only one barrier.
 template <class W, int kM, int kN, class Finish>
 __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,
                                        const OutputBlock<Finish::kRope>& block,

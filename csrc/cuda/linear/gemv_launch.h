@@ -8,10 +8,10 @@
 namespace mistral::cuda {
 
 // Whether a format has all kernels: for up to 8, 16, 32 and 64 tokens, each with and without RoPE.
-// The formats after q8_0 have fewer, because kernels take long to compile: for up to 8 and 32
-// tokens, all without RoPE. A kernel with RoPE would serve them less often, because it needs one
-// format for query, key and value. Most of these formats are for GGUF files, which often mix
-// formats there.
+// The formats that WeightFormat lists after q8_0 have fewer, because kernels take long to compile:
+// for up to 8 and 32 tokens, all without RoPE. A kernel with RoPE would often not serve them. It
+// needs one format for query, key and value. Most of these formats are for GGUF files, in which the
+// formats of the three often differ.
 constexpr bool has_every_kernel(WeightFormat format) { return format <= WeightFormat::q8_0; }
 
 // The most tokens that one pass over weights of a format multiplies.

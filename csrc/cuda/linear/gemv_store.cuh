@@ -10,9 +10,10 @@
 namespace mistral::cuda {
 
 // The four outputs that a lane finishes for 8 tokens and one tile of 16 rows. They are in the order
-// of the sums of mma_m16n8k16: outputs 0 and 1 are row lane / 4, for tokens 2 (lane % 4) and 2
-// (lane % 4) + 1. Outputs 2 and 3 are row lane / 4 + 8, for the same tokens. With SwiGLU, the lower
-// 8 rows belong to `up`, and only outputs 0 and 1 exist.
+// of the sums of mma_m16n8k16. Outputs 0 and 1 belong to row lane / 4. The first is for token
+// 2 (lane % 4) of the 8 tokens, the second for the token after it. Outputs 2 and 3 belong to row
+// lane / 4 + 8, for the same tokens. With SwiGLU, the lower 8 rows belong to `up`, and only outputs
+// 0 and 1 exist.
 template <class W>
 struct Outputs {
   using T = typename W::Element;
@@ -87,9 +88,9 @@ struct Outputs {
   }
 
  private:
-  // The address of the number that is added to a product, which has the same column in p.added as
-  // the output in p.out. That is so in every launch of a call, because linear.cu moves both
-  // pointers by the same number of columns. `output` is the address of the output.
+  // The address in p.added of the number for the output whose address is `output`. The number has
+  // the same column in p.added as the output has in p.out. That is so in every launch of a call,
+  // because linear.cu moves both pointers by the same number of columns.
   __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
     const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
     return p.added + token * p.stride_added_token + column;

@@ -60,11 +60,11 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
   return status;
 }
 
-// Whether the kernels can compute p. They read rows 16 bytes at a time. They use 32-bit offsets.
-// `longest` is limited to a quarter of their range, because an element has 2 bytes, and the columns
-// of up to 3 parts are counted together. There are no products of fp32, because the tensor cores
-// have none of that precision. An argmax needs a single launch, because each launch writes token
-// ids.
+// Whether the kernels can compute p. They read rows 16 bytes at a time, and count in 32 bits. A
+// limit of a quarter of that range for `longest` leaves room for the bytes of a row, 2 for each
+// element, and for the columns of 3 parts together. There are no products of fp32, because the
+// tensor cores have none of that precision. An argmax needs a single launch, because each launch
+// writes token ids.
 bool has_kernel(const LinearParams& p) {
   int64_t longest = max(p.inputs, p.stride_x_token);
   for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);

@@ -93,8 +93,8 @@ struct OutputBlock {
   }
 };
 
-// ---- Scales of groups. They are copied in words of 4 bytes. If the scales of a row begin in the
-// middle of a word, the last scale of the previous row is copied too.
+// ---- Scales of groups. They are copied in words of 4 bytes. If the scales of a chunk begin in the
+// middle of a word, the scale before them in memory is copied too.
 
 // The number of bytes that the scales of `values` values of a row take.
 template <class W>
@@ -103,7 +103,7 @@ __device__ __forceinline__ int scale_bytes(const LinearParams& p, int values) {
 }
 
 // The number of words of shared memory for the scales of a chunk of one row. They are enough for
-// groups of the smallest size, plus one word. This word has room for the scale of the previous row,
+// groups of the smallest size, plus one word. This word has room for the scale that is copied too,
 // and makes rows begin in different banks.
 template <class W>
 constexpr int kScaleWords = W::kValues / W::kLeastGroup * kGroupBytes<typename W::Scales> / 4 + 1;
@@ -111,7 +111,8 @@ template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
 // Returns by how many bytes `begin` exceeds a multiple of 4. `begin` is the address of the first
-// scale of a row or of a chunk. (All chunks of a row have the same result.)
+// scale of a row or of a chunk. All chunks of a row have the same result, because the scales of a
+// chunk take a whole number of words.
 template <class W>
 __device__ __forceinline__ int skipped_bytes(const void* begin) {
   if constexpr (kGroupBytes<typename W::Scales> % 4 == 0) {
@@ -125,8 +126,8 @@ __device__ __forceinline__ int skipped_bytes(const void* begin) {
 // chunk of each row of kM tiles, and for the scales of these chunks (kValueBytes and kScaleBytes).
 template <class W, int kM>
 struct StageLayout {
-  // The stages of a warp hold 4 tiles in all, or 3 tiles with further bits. These are larger, and
-  // on some devices a block has only 99 KB of shared memory.
+  // The stages of a warp hold 4 tiles in all. If tiles have further bits, they are larger, so the
+  // stages hold 3: on some devices a block has only 99 KB of shared memory.
   static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
   static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
@@ -170,7 +171,7 @@ class WeightStream {
     return {values_ + current_ * Layout::kValueBytes + m * WeightTile<W>::kBytes};
   }
   // The address of the scales of the current chunk in row `row` of tile m. `skipped` is
-  // skipped_bytes of this row. Before the address lie `skipped` bytes of the previous row's scales.
+  // skipped_bytes of this row: the bytes of an earlier scale that lie before this address.
   __device__ __forceinline__ const char* scales(int m, int row, int skipped) const {
     return scales_ + current_ * Layout::kScaleBytes + m * kTileScaleBytes<W> +
            row * kScaleWords<W> * 4 + skipped;
@@ -317,7 +318,8 @@ class WeightStream {
   const char* rows_[2];  // the lane's 16 bytes of the next chunk in these rows
   int rows_left_[2];     // the number of rows of the block from these rows on
   int bytes_left_;       // the number of bytes from rows_ to the end of a row
-  // The addresses of the further bits that this lane copies next.
+  // The addresses of the further bits that this lane copies next: kFurtherCopies pieces of the
+  // first tile. further_left_ is for them what rows_left_ is for rows_.
   static constexpr int kFurtherPieces =
       W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // 16-byte pieces in a chunk of one row
   static constexpr int kFurtherCopies = W::kFurtherBytes > 0 ? kFurtherPieces / 2 : 1;

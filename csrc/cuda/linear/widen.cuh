@@ -94,8 +94,9 @@ struct TableWords {
                             k12 = table_entries(12);
 
   // Looks up the 4 indices in the low half of a word. Returns the elements as the bytes of a word.
-  // __byte_perm can choose among 8 bytes. So it chooses from each half of the table by the low 3
-  // bits of an index, and then between the two results by the high bit.
+  // A __byte_perm can choose among 8 bytes only. So the first two look up the low 3 bits of the
+  // indices, each in one half of the table. The third chooses between their results by the high
+  // bits of the indices.
   static __device__ __forceinline__ uint32_t look_up(uint32_t indices) {
     const uint32_t low_bits = indices & 0x7777u;
     const uint32_t first = __byte_perm(k0, k4, low_bits), second = __byte_perm(k8, k12, low_bits);
