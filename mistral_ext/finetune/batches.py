@@ -21,7 +21,7 @@ class Pass(NamedTuple):
     """
 
     token_ids: Tensor  # [T] int64, the tokens that are read
-    sequences: Tensor  # [S, 5] int64, the sequence table (`ops`), of sequences without a cache
+    sequences: Tensor  # [S, 5] int64, the sequence table (see ops/__init__.py), without a cache
     targets: Tensor  # [T] int64, the token after each, or IGNORED if it has no loss
     weights: Tensor  # [T] float32, the factor of the loss of each target
 

@@ -81,8 +81,8 @@ class Trainer:
     held-out data the adapter is that of the evaluation with the lowest loss. Without such data it
     is that of the last step.
 
-    On the CPU a run that was interrupted and resumed gives the same bits of the adapter as a run
-    that was not, if the number of threads is the same.
+    On the CPU an interrupted and resumed run makes the same adapter, bit for bit, as an
+    uninterrupted run with the same number of threads.
 
     Args:
         llm: the model, in bfloat16 or float32.
@@ -282,7 +282,7 @@ class Trainer:
         if self.options.sample_tokens:
             try:
                 text = self._sample_text()
-            except ValueError as error:  # the engine's, for logits that are NaN
+            except ValueError as error:  # the engine raises it if logits are NaN
                 if not progress.step:
                     raise
                 raise RuntimeError(

@@ -191,8 +191,9 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for part in parts(tokenizer.get("pre_tokenizer")):
         if part.get("type") == "Metaspace":
             return "unspaced" if part.get("prepend_scheme", "always") == "always" else "first"
-    # Without a tokenizer.json the key "legacy" decides. If it is false, no space follows an added
-    # token. Older files do not have this key, which then counts as true.
+    # Otherwise, as without a tokenizer.json, the key "legacy" decides. If it is false, encoding
+    # puts no space after an added token. Older files do not have this key, which then counts as
+    # true.
     return "first" if config.get("legacy") is False else "all"
 
 

@@ -165,8 +165,8 @@ def chat_template_of(
 
     If the folder's template writes conversations as mistral-common does, apart from white space,
     that of mistral-common is returned. Mistral's published templates differ from mistral-common in
-    white space, and mistral-common is right. The same holds for llama.cpp's names of Mistral's
-    templates, which some GGUF files have instead of a template.
+    white space, and mistral-common is right. Some GGUF files have, instead
+    of a template, llama.cpp's name for one of Mistral's. Then mistral-common's is returned, too.
 
     Args:
         folder: the folder of the model.

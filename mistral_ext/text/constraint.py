@@ -29,8 +29,8 @@ class Constraint:
         kind: "schema", "regex", "grammar" or "tools" (text or calls of tools; see `ToolUse`).
         text: the rule: JSON for a schema, a regular expression in the syntax of Rust's regex crate,
             or Lark for a grammar or tools.
-        content: the constraint of the text in a completion with tools, whose Lark names it
-            @content. None: `text` has no @content.
+        content: for "tools", the constraint of a completion's text. In `text` its name is @content.
+            None: `text` does not use this name.
 
     Raises:
         ValueError: the text is too long, has brackets nested too deep, or is not valid Unicode.
@@ -66,7 +66,7 @@ def schema_text(schema: object) -> str:
         schema = closed(schema.model_json_schema())
     try:
         if isinstance(schema, str):
-            # If a text is nested too deep, the JSON parser would raise another kind of error.
+            # `Constraint` refuses a text that is nested too deep for the JSON parser.
             schema = json.loads(Constraint("schema", schema).text)
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

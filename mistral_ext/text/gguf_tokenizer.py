@@ -154,8 +154,8 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """Returns the tokens of the given types as added tokens, and the tokens of the form
-        <|name|>, of which some converters make normal tokens. `ids` has the id of the token for
+        """Returns as added tokens the tokens of the given types, and all tokens of the form
+        <|name|>, because some converters mark these as normal. `ids` has the id of the token for
         each special use, such as "eos". An id of None means that the file has no such token."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
@@ -189,7 +189,8 @@ def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: boo
     sentencepiece_model.proto."""
     proto = bytearray()
     for text, score, kind in pieces:
-        if kind != _UNKNOWN and has_control_shape(text):  # a model must have an unknown token
+        # The unknown token keeps its type, because a model must have one.
+        if kind != _UNKNOWN and has_control_shape(text):
             kind = _CONTROL
         data = text.encode("utf-8", "surrogateescape")
         # b"\x15" announces the score: field 2, a 32-bit float.

@@ -66,7 +66,7 @@ class Moderation:
                 others (see `label_ids`).
 
         Raises:
-            ValueError: a logit is NaN, or no judgement follows from those that are infinite.
+            ValueError: a logit is NaN or +infinity, or all logits are -infinity.
         """
         most = max(logits.values())
         weights = {label: math.exp(logit - most) for label, logit in logits.items()}

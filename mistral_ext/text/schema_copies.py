@@ -1,4 +1,8 @@
-"""Makes copies of JSON schemas: closed ones, ones without notes, and ones with inclusive bounds."""
+"""Makes changed copies of JSON schemas, before llguidance compiles them to grammars.
+
+`closed` forbids properties that a schema does not list. `without_notes` leaves out what does not
+limit values. `inclusive` works around a fault of llguidance.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,12 @@ _NOTES = (
     *("title", "description", "default", "examples", "example"),
     *("$comment", "deprecated", "readOnly", "writeOnly"),
 )
-# Formats that any text has. Pydantic and OpenAPI write them, and JSON Schema does not know them.
+# Formats that any text has. Pydantic and OpenAPI write them. JSON Schema does not know them, and
+# llguidance refuses unknown formats.
 _FREE_FORMATS = ("binary", "password", "path")
 
-# How far apart an excluded bound of 0 and the included bound are. The least float has 324 digits,
-# so its grammar would be too large.
+# The included bound (or its negative) that replaces an excluded bound of 0. The least float would
+# be closer to 0, but it has 324 digits, so its grammar would be too large.
 _FROM_ZERO = 1e-16
 
 
@@ -39,12 +44,13 @@ def without_notes(schema: Any) -> Any:
 
 
 def inclusive(schema: Any) -> Any:
-    """Returns a copy of a schema whose numbers may not be 1 if they have to be above 1, and so on.
+    """Returns a copy of a schema in which excluded bounds are replaced by included bounds that are
+    close to them.
 
-    If numbers have to be above 1 and at most 1.5, llguidance permits 1, too. It has this fault if
-    the bound that is excluded is whole, and the other bound is less than 1 away and farther from 0.
-    The other bound may be in another part of the schema. So all such bounds are replaced by
-    numbers close to them, which are included.
+    This avoids a fault of llguidance: if numbers have to be above 1 and at most 1.5, it permits 1,
+    too. It does so if the excluded bound is whole, and the other bound is less than 1 away and
+    farther from 0. The other bound may be in another part of the schema. So each whole bound is
+    replaced if the numbers lie farther from 0 than the bound.
     """
     if not isinstance(schema, dict):
         return schema
@@ -56,7 +62,7 @@ def inclusive(schema: Any) -> Any:
 
 
 def _include(schema: dict[str, Any], included: str, excluded: str, sign: int) -> None:
-    """Replaces a bound that is excluded. `sign` says on which side of the bound the numbers are."""
+    """Replaces a bound that is excluded. `sign` is 1 if the numbers lie above it, -1 if below."""
     bound, other = schema.get(excluded), schema.get(included)
     if bound is True:  # as in version 4 of JSON Schema: the other keyword has the bound
         bound = other
@@ -148,7 +154,7 @@ class _Closing:
     def _lists_some(self, schema: Mapping[str, Any]) -> bool:
         if id(schema) not in self._lists:
             self._lists[id(schema)] = False  # in case that the schema refers to itself
-            # A part that lists no names would permit no property at all if it were closed.
+            # An empty list counts, too: if that part were closed, it would permit no property.
             lists = isinstance(schema.get("properties"), dict)
             self._lists[id(schema)] = lists or self._listing(schema) > 0
         return self._lists[id(schema)]

@@ -190,7 +190,8 @@ class ToolUse:
             rules += text
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(self.names))))
         schemas = [without_notes(self._parameters(name)) for name in self.names]
-        # Refuses what is too large before it is closed, which may make it far larger.
+        # This raises an error if the schemas are too large. It comes before they are closed,
+        # because closing can make them far larger.
         Constraint("tools", "".join(json.dumps(schema, ensure_ascii=False) for schema in schemas))
         for i, (name, schema) in enumerate(zip(self.names, schemas, strict=True)):
             head = json.dumps(HEAD.format(json.dumps(name)))

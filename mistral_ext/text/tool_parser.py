@@ -50,8 +50,9 @@ class ToolParser:
             yield from self._more_calls()
 
     def reason(self, finish_reason: str) -> str:
-        """Why the completion ended, in OpenAI's words. `finish_reason` is the engine's reason. It
-        stays if a stop string cut the last call off."""
+        """Why the completion ended, in OpenAI's words: "tool_calls" if the engine's reason is
+        "stop" and the last call is complete. Otherwise this is the engine's reason,
+        `finish_reason`, for instance if a stop string cut the last call off."""
         is_whole = self.calls and self._arguments is None
         return "tool_calls" if is_whole and finish_reason == "stop" else finish_reason
 

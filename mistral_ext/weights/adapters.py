@@ -336,9 +336,9 @@ class _Pairs:
         self, name: str | None, matrix: str, matrices: tuple[str, str], stored: StoredTensor
     ) -> None:
         """Adds a tensor, the matrix a or b of the weight `name` (None: the model has no such
-        weight). `matrix` is the last part of the tensor's name, and `matrices` has this part for a
-        and for b. Raises ValueError if the model has no such weight, or if the tensor is neither a
-        nor b, has a wrong dtype, or was added before."""
+        weight). `matrix` is the last part of the tensor's name. `matrices` are the last parts that
+        mean a and b. Raises ValueError if the model has no such weight, or if the tensor is neither
+        a nor b, has a wrong dtype, or was added before."""
         if name not in self._shapes or matrix not in matrices:
             raise ValueError(
                 f"tensor {stored.name!r} in {self._file} is not supported: expected "
@@ -389,7 +389,7 @@ def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
     """Writes an adapter in peft's format, as a folder that is either complete or absent.
 
     Args:
-        target: the folder to make. It must not exist, or be empty.
+        target: the folder to make. If it exists, it must be empty.
         adapter: the adapter, in the form that `read_adapter` returns. Its matrices are float32,
             bfloat16 or float16, on any device.
         base: the name of the model, as information for readers. Empty: the name is not known.

@@ -16,7 +16,8 @@ from mistral_ext.model.config import (
 )
 from mistral_ext.ops import JoinedWeight, Weight
 
-_LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp has the same limit
+# Our CUDA kernels are not compiled for older GPUs. python/launch_failure.cpp has the same limit.
+_LEAST_CAPABILITY = (8, 0)
 
 # Weights that are multiplied in one pass, by the name of the weight into which they are joined.
 TOGETHER = {

@@ -38,9 +38,9 @@ _DAMPING = 0.1
 # range of fp32.
 _LEAST_MEAN = 1e-30
 _BLOCK = 256  # the number of columns that are rounded in one step: a block of "iq4_xs"
-# `_add_squares` computes so many rows of a symmetric matrix at a time, and a block of this size on
-# the diagonal whole. This number is a multiple of _BLOCK, because `_damped_factor` needs each block
-# of _BLOCK rows on the diagonal whole.
+# The number of rows of a symmetric matrix that `_add_squares` computes at a time. Blocks of so many
+# rows on the diagonal are computed whole. `_damped_factor` reads blocks of _BLOCK rows there. They
+# lie inside the whole blocks, because this number is a multiple of _BLOCK.
 _ROWS = 2 * _BLOCK
 
 

@@ -303,7 +303,8 @@ class _Metadata:
                     "rope.scaling.original_context_length", self._int("context_length")
                 ),
             }
-            # llama.cpp's converter writes these values of the original, if it sets them.
+            # llama.cpp's converter copies these values from the model's config.json, if they are
+            # there.
             for key, name in _YARN_NAMES.items():
                 if f"{self._prefix}.rope.scaling.{key}" in self._file.metadata:
                     scaling[name] = self._number(f"rope.scaling.{key}")

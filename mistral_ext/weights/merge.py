@@ -38,7 +38,7 @@ def merge_adapter(
         source: a model folder, or a hub id. Its weights must not be quantised, because rounding to
             a few bits loses most of an adapter's update.
         adapter: the path or hub id of an adapter, as in `read_adapter`.
-        target: the folder to make. It must not exist, or be empty.
+        target: the folder to make. If it exists, it must be empty.
         progress: show a progress bar if stderr is a terminal.
         dtype: the dtype of the weights that are written: float32, bfloat16 or float16. None: the
             weights keep the dtype in which they are stored.

@@ -30,7 +30,7 @@ def expect_replaceable(target: Path) -> None:
     """Raises FileExistsError unless `target` is absent, or an empty folder that `new_folder` can
     replace."""
     expect_free(target)
-    # A link is never a mount point itself.
+    # `ismount` is False for a link to a mount point, so links are resolved first.
     if target.exists() and (os.path.ismount(target.resolve()) or target.samefile(os.curdir)):
         raise FileExistsError(
             f"{str(target)!r} is the current folder or a mount point, which cannot be replaced: "
@@ -53,7 +53,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     killed run has left is removed by the next run with this target.
 
     Args:
-        target: the path of the new folder. It must not exist, or be an empty folder. If it is a
+        target: the path of the new folder. If it exists, it must be an empty folder. If it is a
             symbolic link, the folder is made where the link points.
 
     Raises:

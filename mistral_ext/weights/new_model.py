@@ -57,7 +57,7 @@ def write_model(
     tokenizer and similar files of the original.
 
     Args:
-        target: the folder to make. It must not exist, or be empty.
+        target: the folder to make. If it exists, it must be empty.
         original: the model whose other files are copied.
         config: the configuration of the new model.
         layout: the weights by Mistral's names, with the right dtypes and shapes, for the header of

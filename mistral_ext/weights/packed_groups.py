@@ -202,9 +202,9 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
 
     Args:
         words: [N, K / 8], with 8 values of 4 bits each.
-        places: [K], indices in a list of the row's values: first those in even columns, then those
-            in odd columns. The first K / 2 indices choose the values for the low halves of the
-            result's bytes, the others those for the high halves.
+        places: [K], indices of a row's values. The index counts the values in even columns first,
+            then those in odd columns. The first K / 2 places choose the values for the low halves
+            of the result's bytes, and the other places choose the values for the high halves.
     """
     pairs = words.numpy().view(np.uint8)
     values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")

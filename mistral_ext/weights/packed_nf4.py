@@ -7,8 +7,7 @@ the high bits, row after row. `weight.absmax` has the magnitudes, and `weight.qu
 With double quantisation `weight.absmax` consists of bytes. Each is the index of a number in the
 table `weight.nested_quant_map`. This number is multiplied by an element of `weight.nested_absmax`.
 Neighbouring bytes, usually 256, share such an element. An offset is added. The result is the
-magnitude.
-`weight.quant_state.bitsandbytes__nf4` holds the sizes of blocks and the offset as JSON.
+magnitude. `weight.quant_state.bitsandbytes__nf4` holds the sizes of blocks and the offset as JSON.
 
 Source: bitsandbytes' functional.py.
 """

@@ -41,7 +41,7 @@ def quantize_checkpoint(
 
     Args:
         source: a model folder, or a hub id.
-        target: the folder to make. It must not exist, or be empty.
+        target: the folder to make. If it exists, it must be empty.
         bits: 8 ("q8_0") or 4 ("iq4_xs", or "iq4_nl" for rows whose length is no multiple of 256).
             None: `size` decides which matrices get 8 bits and which get 4.
         group: for 4 bits, the number of weights that share a scale: 32, 64 or 128. The format is
