@@ -121,7 +121,7 @@ class _Closing:
             return {"additionalProperties": False, **copy}
         copy = _with_inner(schema, self._copy)
         if listing == 1 and not _dict_in(schema, "properties"):
-            return copy  # its only part is closed instead
+            return copy  # only one schema lists properties, inside of this one; it is closed
         lists = isinstance(schema.get("properties"), dict)
         return {"additionalProperties": False, **copy} if lists else copy
 

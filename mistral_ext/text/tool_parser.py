@@ -121,7 +121,7 @@ class _Object:
 
 
 def _before_part(text: str, mark: str) -> int:
-    """The index of the longest beginning of `mark` with which the text ends, or the length of the
-    text if there is none."""
+    """The text up to the returned index cannot be a part of a mark. The rest is a beginning of
+    `mark`, so it waits for what follows. It is empty if the text does not end with a beginning."""
     starts = range(max(0, len(text) - len(mark) + 1), len(text))
     return next((i for i in starts if mark.startswith(text[i:])), len(text))

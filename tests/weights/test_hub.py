@@ -12,7 +12,6 @@ import huggingface_hub
 import pytest
 
 import mistral_ext
-from mistral_ext.cli import main
 from mistral_ext.weights.hub import DEMO_MODEL, resolve, resolve_adapter
 
 INDEX = "model.safetensors.index.json"
@@ -111,16 +110,13 @@ def test_resolve_missing_path(path, tmp_path, monkeypatch):
     assert repr(path) in str(error.value)
 
 
-def test_an_empty_name_is_neither_the_demo_nor_the_current_folder(capsys):
-    """It is that of a variable of the shell which is not set."""
+def test_an_empty_name_is_neither_the_demo_nor_the_current_folder():
+    """A variable that is not set gives it. The command line refuses it: tests/cli."""
     for call in (resolve, mistral_ext.Mistral.from_pretrained):
         with pytest.raises(ValueError, match=r"^model is '', expected a folder"):
             call("")
     with pytest.raises(ValueError, match=r"^model is '', expected a folder"):
         mistral_ext.generate("Once", model="")
-    for command in (["generate", "--model", "", "Once"], ["info", "--model", ""]):
-        assert main(command) == 1
-        assert "model is '', expected a folder" in capsys.readouterr().err
 
 
 def test_resolve_offline_says_what_to_do(tmp_path):

@@ -19,7 +19,7 @@ struct NewToken {
 };
 
 // The outputs that a lane finishes for 8 tokens and one tile. There are two pairs, one for token
-// 2 (lane % 4) of the 8 tokens, and one for the token after it. RoPE rotates a pair. Its first
+// 2 * (lane % 4) of the 8 tokens, and one for the token after it. RoPE rotates a pair. Its first
 // element is row lane / 4 of the tile, and its second the row of the weight that lies D/2 further.
 // The constructor's `token` is the first of the 8 tokens, `output` the first row of the tile.
 template <class W>

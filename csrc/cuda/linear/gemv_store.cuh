@@ -11,7 +11,7 @@ namespace mistral::cuda {
 
 // The four outputs that a lane finishes for 8 tokens and one tile of 16 rows. They are in the order
 // of the sums of mma_m16n8k16. Outputs 0 and 1 belong to row lane / 4. The first is for token
-// 2 (lane % 4) of the 8 tokens, the second for the token after it. Outputs 2 and 3 belong to row
+// 2 * (lane % 4) of the 8 tokens, the second for the token after it. Outputs 2 and 3 belong to row
 // lane / 4 + 8, for the same tokens. With SwiGLU, the lower 8 rows belong to `up`, and only outputs
 // 0 and 1 exist.
 template <class W>
