@@ -12,8 +12,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# CMake takes these from the environment when a tree is new, and keeps what it took.
-KEPT = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS")
+# CMake takes what these say when a tree is new, and keeps it.
+KEPT = (
+    *("CXX", "CXXFLAGS", "CMAKE_CXX_COMPILER_LAUNCHER"),
+    *("CUDAFLAGS", "CUDAHOSTCXX", "CMAKE_CUDA_COMPILER_LAUNCHER"),
+    *("LDFLAGS", "CMAKE_BUILD_TYPE", "CMAKE_ARGS"),
+)
 
 
 class CMakeBuild(build_ext):
@@ -22,12 +26,13 @@ class CMakeBuild(build_ext):
         tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # A copied tree does not work where it was copied to, and so the folder counts too.
-        settings = "".join(f"{name}={os.environ.get(name, '')}\n" for name in KEPT) + f"{ROOT}\n"
+        lines = [str(ROOT), *(f"{name}={os.environ.get(name, '')}" for name in KEPT)]
+        settings = os.fsencode("\n".join(lines))
         stamp = tree / "settings.txt"
-        if tree.exists() and not (stamp.exists() and stamp.read_text() == settings):
+        if tree.exists() and not (stamp.exists() and stamp.read_bytes() == settings):
             shutil.rmtree(tree)
         tree.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(settings)
+        stamp.write_bytes(settings)
         subprocess.run(
             [
                 "cmake",

@@ -229,9 +229,16 @@ def _named_path(text: str) -> tuple[str, str]:
     return name, path
 
 
+def filled(text: str) -> str:
+    """Returns the value of an option, or refuses it if it is empty."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no value (is a variable not set?)")
+    return text
+
+
 def _contents(path: str) -> str:
     try:
-        return read_text_file(path)
+        return read_text_file(filled(path))
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

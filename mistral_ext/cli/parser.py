@@ -21,6 +21,7 @@ from mistral_ext.cli import (
     quantize,
     serve,
 )
+from mistral_ext.cli.options import filled
 
 # The commands, in the order in which the help lists them.
 _COMMANDS = (
@@ -55,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.register("type", None, _filled)  # for options without a type
+        self.register("type", None, filled)  # for options without a type
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -104,12 +105,6 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
     problem, comma, expected = message.partition(",")
     problem = re.sub(r"(^|(?<= and ))\w+(?= (is|are|has|and) )", flag, problem)
     return _NAME.sub(flag, problem + comma + expected)
-
-
-def _filled(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no value (is a variable not set?)")
-    return text
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:

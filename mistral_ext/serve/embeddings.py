@@ -40,8 +40,9 @@ class EmbeddingCall(Call):
             pooled = await asgi.until_disconnect(receive, self._pool(texts, given, adapter))
         self.record.reason = "stop"
         as_base64 = given.get("encoding_format") == "base64"
-        if pooled.isnan().any():  # which JSON cannot say
-            raise failed(ValueError("an embedding is NaN: the model's weights may be damaged"))
+        if not pooled.isfinite().all():  # infinity becomes NaN below, which JSON cannot say
+            error = ValueError("an embedding is NaN or infinite: the weights may be damaged")
+            raise failed(error)
         rows = torch.nn.functional.normalize(pooled[:, :size], dim=1)
         data = [
             {"object": "embedding", "index": i, "embedding": _written(row, as_base64)}

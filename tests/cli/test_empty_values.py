@@ -6,6 +6,7 @@ import argparse
 
 import pytest
 
+from mistral_ext.cli import options
 from mistral_ext.cli import parser as command_parser
 from mistral_ext.cli.parser import parse
 
@@ -14,13 +15,13 @@ MAY_BE_EMPTY = {"prompt", "--system", "--regex"}
 
 
 def arguments():
-    """The commands, and the names of their arguments that take texts."""
+    """The commands, and the names of their arguments that take texts or files."""
     commands = argparse.ArgumentParser().add_subparsers()
     for command in command_parser._COMMANDS:
         command.add_to(commands)
     for name, parser in commands.choices.items():
         for action in parser._actions:
-            if action.nargs != 0 and action.type in (None, str):
+            if action.nargs != 0 and action.type in (None, str, options._contents):
                 yield name, (*action.option_strings, action.dest)[0]
 
 

@@ -105,12 +105,12 @@ def test_9_options_of_one_request_do_not_leak_into_the_next():
 
 @pytest.fixture(scope="module")
 def damaged(tiny_folder, tmp_path_factory):
-    """A server of a model whose logits are NaN."""
+    """A server of a model whose hidden states are infinite, and whose logits are NaN."""
     folder = tmp_path_factory.mktemp("damaged") / "damaged-Instruct"
     shutil.copytree(tiny_folder, folder)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    tensors["model.norm.weight"].fill_(torch.nan)
+    tensors["model.norm.weight"].fill_(torch.inf)
     save_file(tensors, file)
     with serving("--model", str(folder), "--moderate", "input") as server:
         yield server
