@@ -57,7 +57,7 @@ struct ByteScales {
   MISTRAL_SIMD static __m512 high_halves(__m512i x) { return low_halves(_mm512_srli_epi32(x, 16)); }
   MISTRAL_SIMD static __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
 
-  // Takes the scales of groups of 32, 64 or 128 values. A group has one number in fp16, a half.
+  // Takes the scales of groups of 32, 64 or 128 values. Each group has one scale, in fp16.
   MISTRAL_SIMD void take_halves(const char* const (&groups)[kRows], int group_log2, int64_t there) {
     const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
     const auto both = [&](int r) {
