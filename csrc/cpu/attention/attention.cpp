@@ -194,6 +194,18 @@ void merge_segments(const AttentionParams& p, const Sequence& s, const Division&
   for (int64_t d = 0; d < dim; d += Vec::width) store(out + d, load(sums + d) * inverse);
 }
 
+// Merges the segments of all rows of one key/value head of a sequence, if there are several.
+template <class T>
+void merge_head(const AttentionParams& p, int64_t sequence, int64_t kv_head) {
+  float* partials = p.partials;
+  for (int64_t i = 0; i < sequence; ++i) partials += Division(p, p.sequences[i]).partials;
+  const Sequence& s = p.sequences[sequence];
+  const Division division(p, s);
+  for (int64_t row = 0; division.partials > 0 && row < division.rows; ++row) {
+    merge_segments<T>(p, s, division, partials, kv_head, row);
+  }
+}
+
 }  // namespace
 
 int64_t attention_scratch_bytes(const AttentionParams& p) {
@@ -225,18 +237,12 @@ void attention(const AttentionParams& p, int threads) {
         attend<T, PrefillRows<T>>(p, *s, division, partials, kv_head, part, 0);
       }
     });
-    float* partials = p.partials;
+    if (attention_scratch_bytes(p) > 0) {
+      parallel_for(threads, p.num_sequences * p.kv_heads,
+                   [&](int64_t task) { merge_head<T>(p, task / p.kv_heads, task % p.kv_heads); });
+    }
     for (int64_t i = 0; i < p.num_sequences; ++i) {
       const Sequence& s = p.sequences[i];
-      const Division division(p, s);
-      if (division.partials > 0) {
-        for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
-          for (int64_t row = 0; row < division.rows; ++row) {
-            merge_segments<T>(p, s, division, partials, kv_head, row);
-          }
-        }
-      }
-      partials += division.partials;
       for (int64_t token = s.first_token; token < s.first_token + s.count; ++token) {
         const int64_t position = s.position + token - s.first_token;
         if (stored_after_attention(s, position, p.window)) append<T>(p, s, token);
