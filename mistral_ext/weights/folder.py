@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -218,12 +217,6 @@ def what_is_there(names: Iterable[str]) -> str:
             return f"found {name}: of a GGUF file pass the file, as in OWNER/NAME:{name}"
     shown = [*names[:8], f"{len(names) - 8} more"] if len(names) > 9 else names
     return f"found {', '.join(shown) or 'nothing'}"
-
-
-def summary(error: BaseException) -> str:
-    """The first line of a library's message, without the codes that colour terminals."""
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
-    return text.partition("\n")[0] or type(error).__name__
 
 
 def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
