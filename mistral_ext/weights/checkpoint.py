@@ -213,11 +213,9 @@ class Checkpoint:
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
-        # The weights whose rows `_read` must bring from Mistral's order to Hugging Face's
-        # (`pairs_to_halves`), and their numbers of heads.
-        self._heads_in_pairs = {}
-        if files.layout.format in ("mistral", "gguf"):
-            self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
+        # Whether `_read` must bring the rows of wq and wk from Mistral's order to Hugging Face's.
+        self._has_pairs = files.layout.format in ("mistral", "gguf")
+        self._config = config
 
     @property
     def names(self) -> list[str]:
@@ -265,9 +263,9 @@ class Checkpoint:
 
     def _read(self, name: str, parts: tuple[StoredTensor, ...]) -> Weight:
         tensors = [part.read() for part in parts]
-        n_heads = self._heads_in_pairs.get(name.split(".")[-2])
-        if n_heads is not None:
-            tensors = [pairs_to_halves(tensor, n_heads) for tensor in tensors]
+        if self._has_pairs:
+            module = name.removesuffix(".weight")
+            tensors = [pairs_to_halves(module, tensor, self._config) for tensor in tensors]
         if self._quantizes:
             try:
                 quantized = self._quantizes.quantize(name, tensors[0], parts[0].name)
@@ -461,12 +459,16 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
 # Changes to a tensor
 
 
-def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorders the rows of wq or wk from Mistral's order to Hugging Face's.
+def pairs_to_halves(module: str, weight: Tensor, config: MistralConfig) -> Tensor:
+    """Reorders the rows of wq or wk from Mistral's order to Hugging Face's. `module` is Mistral's
+    name of the weight, without ".weight". Rows of other weights stay as they are.
 
     Within each head, Mistral's RoPE rotates rows (2i, 2i + 1) as a pair, and our RoPE rotates rows
     (i, i + head_dim / 2). So the result has the even rows of a head first, then the odd rows.
     """
+    n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(module.rpartition(".")[2])
+    if n_heads is None:
+        return weight
     n_rows, dim = weight.shape
     pairs = weight.view(n_heads, n_rows // n_heads // 2, 2, dim)
     return pairs.transpose(1, 2).reshape(n_rows, dim)
