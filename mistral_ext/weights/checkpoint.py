@@ -160,12 +160,6 @@ class Checkpoint:
             )
         config = folder.config
         files = _files(folder)
-        if files is None:
-            expected = ", ".join(layout.file for layout in LAYOUTS)
-            found = what_is_there(entry.name for entry in folder.path.iterdir())
-            raise FileNotFoundError(
-                f"no weights in {str(folder.path)!r}: expected one of {expected}; {found}"
-            )
         stored = folder.quantization
         if stored and quantization and stored.bits != quantization.bits:
             raise ValueError(
@@ -190,11 +184,9 @@ class Checkpoint:
             if quantization is None:
                 kept = kept_formats(folder.gguf)
             tensors = list(gguf_tensors(folder.gguf, decoded, kept))
-            formats = {
-                gguf_name(name): quantization.format_of(name, shape[-1]) if quantization else None
-                for name, shape in tensor_shapes(config).items()
-            }
-            say_what_changes(folder.gguf, formats | kept, _list((dtype,)))
+            say_what_changes(
+                folder.gguf, _new_formats(config, quantization) | kept, _list((dtype,))
+            )
         packed: dict[str, Quantized] = {}
         if folder.packing is not None:
             dtype = dtype or packed_dtype(tensors, hugging_face_name("tok_embeddings.weight"))
@@ -324,6 +316,15 @@ def _expect_known(names: Iterable[str], config: MistralConfig) -> None:
         )
 
 
+def _new_formats(config: MistralConfig, quantization: Quantization | None) -> dict[str, str | None]:
+    """The formats that weights of a GGUF file get by quantisation, by the file's names. None: the
+    weight is not quantised."""
+    return {
+        gguf_name(name): quantization.format_of(name, shape[-1]) if quantization else None
+        for name, shape in tensor_shapes(config).items()
+    }
+
+
 def _stored_name(name: str, layout: Layout) -> str:
     if layout.format == "gguf":
         return gguf_name(name)
@@ -439,10 +440,18 @@ def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> to
     return stored.dtype
 
 
-def _files(folder: ModelFolder) -> WeightFiles | None:
-    if folder.gguf is None:
-        return find_weights(folder.path)
-    return WeightFiles(Layout(folder.path.name, "gguf"), folder.path, (folder.path,))
+def _files(folder: ModelFolder) -> WeightFiles:
+    """Finds the files with a model's weights. Raises FileNotFoundError if there are none."""
+    if folder.gguf is not None:
+        return WeightFiles(Layout(folder.path.name, "gguf"), folder.path, (folder.path,))
+    files = find_weights(folder.path)
+    if files is None:
+        expected = ", ".join(layout.file for layout in LAYOUTS)
+        found = what_is_there(entry.name for entry in folder.path.iterdir())
+        raise FileNotFoundError(
+            f"no weights in {str(folder.path)!r}: expected one of {expected}; {found}"
+        )
+    return files
 
 
 def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
