@@ -18,8 +18,8 @@ from typing import Any
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.weights import generation_config
+from mistral_ext.weights.gguf_config import gguf_config
 from mistral_ext.weights.gguf_file import Gguf, is_gguf, part_names, read_gguf
-from mistral_ext.weights.gguf_model import gguf_config
 from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.packed_settings import Packing, method_of, packing_of
 from mistral_ext.weights.quantize import Quantization
