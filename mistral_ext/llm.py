@@ -443,9 +443,7 @@ class Mistral(RequestMaker):
             TypeError: the content of a message is no text, but for instance a list of parts.
         """
         request = self.moderation_request(content, template, adapter=adapter)
-        for output in self.engine.outputs([request]):
-            if output.error:
-                raise output.error
+        for _, output in outputs_of(self.engine, [request]):
             if output.prompt_logits is not None and len(output.prompt_logits):
                 moderation = self.moderation_of(output.prompt_logits[-1])
         return moderation
@@ -495,9 +493,7 @@ class Mistral(RequestMaker):
             size = len(ids), self.config.vocab_size
             logits = torch.empty(size, dtype=torch.float32, device=self.model.device)
         begin = 0
-        for output in self.engine.outputs([request]):
-            if output.error:
-                raise output.error
+        for _, output in outputs_of(self.engine, [request]):
             if output.prompt_logits is not None:
                 end = begin + len(output.prompt_logits)
                 logits[begin:end] = output.prompt_logits

@@ -125,10 +125,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--layers is {args.layers}, expected 1 to 32")
     if args.output:
         expect_extra("plot", "matplotlib")
-        if not Path(args.output).parent.is_dir():
-            raise ValueError(
-                f"--output is {args.output!r}, expected a file in a folder that exists"
-            )
+        options.expect_folder_of("--output", args.output)
 
 
 def _weights(args: argparse.Namespace) -> list[str | None]:

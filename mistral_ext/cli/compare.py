@@ -60,8 +60,7 @@ def add_to(commands: options.Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.png:
         expect_extra("plot", "matplotlib")
-        if not Path(args.png).parent.is_dir():
-            raise ValueError(f"--png is {args.png!r}, expected a file in a folder that exists")
+        options.expect_folder_of("--png", args.png)
     if args.chunk < 1:
         raise ValueError(f"--chunk is {args.chunk}, expected 1 or more")
     texts = [read_text(file) for file in args.file]

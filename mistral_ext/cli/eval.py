@@ -139,8 +139,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--num-fewshot is given, expected none with --paper, which has its own")
     if args.paper and args.include is not None:
         raise ValueError("--include is given, expected none with --paper, which has its own tasks")
-    if args.output and not Path(args.output).parent.is_dir():
-        raise ValueError(f"--output is {args.output!r}, expected a file in a folder that exists")
+    if args.output:
+        options.expect_folder_of("--output", args.output)
     if args.paper:
         from mistral_ext.evaluate.paper import choose
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mistral_ext.cli.start import start
@@ -220,6 +221,13 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     given["logit_bias"] = dict(args.logit_bias)
     return given
+
+
+def expect_folder_of(option: str, file: str) -> None:
+    """Raises ValueError unless the folder of a file that an option names exists. Call this before
+    the work whose results go into the file."""
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"{option} is {file!r}, expected a file in a folder that exists")
 
 
 def _named_path(text: str) -> tuple[str, str]:

@@ -70,10 +70,6 @@ class Scheduler:
         self._chunk = chunk
         self.busy_chunk = min(chunk, busy_chunk)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.reading or self.decoding)
-
     def running(self) -> Iterator[Sequence]:
         """All sequences that own an extent."""
         yield from self.reading

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mistral_ext.engine.outputs import outputs_of
 from mistral_ext.engine.request import Request
 from mistral_ext.files import write_png
 from mistral_ext.llm import Mistral
@@ -139,9 +140,7 @@ def _logprobs(
     in pieces of `chunk` tokens."""
     used = llm.adapters.find(adapter)
     request = Request(ids, None, len(ids), prompt_logits=True, chunk=chunk, adapter=used)
-    for output in llm.engine.outputs([request]):
-        if output.error:
-            raise output.error
+    for _, output in outputs_of(llm.engine, [request]):
         if output.prompt_logits is not None:
             yield output.prompt_logits[:, :size].log_softmax(dim=1).cpu()
 

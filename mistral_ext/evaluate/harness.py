@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistral_ext.engine.outputs import outputs_of
 from mistral_ext.engine.params import SamplingParams
-from mistral_ext.evaluate.likelihood import likelihoods, outputs_of
+from mistral_ext.evaluate.likelihood import likelihoods
 from mistral_ext.llm import Mistral
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ class HarnessModel:
         texts = [""] * len(prompts)
         disable = None if self._progress and not disable_tqdm else True
         with tqdm(total=len(prompts), unit="completions", disable=disable) as bar:
-            for number, output in outputs_of(self._llm, made):
+            for number, output in outputs_of(self._llm.engine, made):
                 if output.completion:
                     i = order[number]
                     texts[i] = output.completion.text or ""

@@ -8,16 +8,16 @@ the context again (`engine.prefix_cache.LEAST_PIECE`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_ext.engine import outputs
 from mistral_ext.engine.adapters import LoadedAdapter
-from mistral_ext.engine.request import Output, Request
+from mistral_ext.engine.outputs import outputs_of
+from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral
 from mistral_ext.text.tokenizer import expect_token_ids
 
@@ -71,7 +71,7 @@ def likelihoods(
     used = llm.adapters.find(adapter)
     requests = (_request(*pairs[i], used) for i in order)
     with tqdm(total=len(pairs), unit="texts", disable=None if progress else True) as bar:
-        for number, output in outputs_of(llm, requests):
+        for number, output in outputs_of(llm.engine, requests):
             i = order[number]
             if output.prompt_logits is not None:
                 ids, targets[i] = targets[i].tensor_split([len(output.prompt_logits)])
@@ -80,12 +80,6 @@ def likelihoods(
             if output.is_last:
                 yield i, Likelihood(*totals.pop(i))
                 bar.update()
-
-
-def outputs_of(llm: Mistral, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-    """Yields the outputs of requests, each with the number of its request (see
-    `engine.outputs`)."""
-    return outputs.outputs_of(llm.engine, requests)
 
 
 def _request(

@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from mistral_ext.engine.outputs import outputs_of
 from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral
 from mistral_ext.text.tokenizer import expect_token_ids
@@ -96,22 +97,14 @@ def perplexity(
     requests = [
         Request(ids[:-1], None, len(ids) - 1, prompt_logits=True, adapter=used) for ids in sequences
     ]
-    outputs = llm.engine.outputs(requests)
-    targets = {
-        request_id: torch.tensor(ids[1:], device=llm.model.device)
-        for request_id, ids in zip(outputs.request_ids, sequences, strict=True)
-    }
+    targets = [torch.tensor(ids[1:], device=llm.model.device) for ids in sequences]
     with tqdm(total=n_tokens, unit="tokens", disable=None if progress else True) as bar:
-        for output in outputs:
-            if output.error:
-                outputs.close()
-                raise output.error
+        for number, output in outputs_of(llm.engine, requests):
             if output.prompt_logits is not None:  # [T, V]
                 read = len(output.prompt_logits)
-                next_ids, rest = targets[output.request_id].tensor_split([read])
+                next_ids, targets[number] = targets[number].tensor_split([read])
                 nll = cross_entropy(output.prompt_logits, next_ids, reduction="none")
                 total += nll.double().sum().cpu()
-                targets[output.request_id] = rest
                 bar.update(read)
     seconds = time.perf_counter() - started
     return Perplexity(n_tokens, len(sequences), total.item() / n_tokens, seconds)

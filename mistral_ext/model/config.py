@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mistral_ext.model.rope_scaling import RopeScaling, Yarn, scaling_from_hf
+from mistral_ext.model.rope_scaling import RopeScaling, Yarn, is_positive, scaling_from_hf
 
 # For each field its key in config.json, and transformers' default if the key is missing.
 _HF_KEYS = {
@@ -127,7 +127,7 @@ class MistralConfig:
         ):
             self._check(name, _is_int(getattr(self, name), minimum=1), "a positive integer")
         for name in ("norm_eps", "rope_theta"):
-            self._check(name, _is_positive_number(getattr(self, name)), "a positive number")
+            self._check(name, is_positive(getattr(self, name)), "a positive number")
         self._check(
             "sliding_window",
             self.sliding_window is None or _is_int(self.sliding_window, minimum=1),
@@ -299,11 +299,6 @@ class MistralConfig:
 
 def _is_int(value: Any, minimum: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _is_positive_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
 
 
 def _derived_head_dim(dim: Any, n_heads: Any) -> int:

@@ -150,7 +150,7 @@ def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | N
         return None
     if kind == _FACTORS:
         factors = rope.get(_FACTORS)
-        if not isinstance(factors, list) or not all(_is_positive(factor) for factor in factors):
+        if not isinstance(factors, list) or not all(is_positive(factor) for factor in factors):
             raise ValueError(
                 f"factors of rope_scaling is {factors!r:.60}, expected positive numbers"
             )
@@ -192,11 +192,12 @@ def _attention_factor(factor: float, scale: float = 1) -> float:
 def _number(rope: dict[str, Any], key: str, default: float | None = None) -> float:
     value: Any = rope.get(key)
     value = default if value is None else value
-    if not _is_positive(value):
+    if not is_positive(value):
         raise ValueError(f"{key} of rope_scaling is {value!r}, expected a positive number")
     return float(value)
 
 
-def _is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
+    """Whether a value of a file is a finite number above 0. A bool is no number here."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and value > 0

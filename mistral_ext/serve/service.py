@@ -27,7 +27,8 @@ from mistral_ext.serve.protocol import (
     moderation_requests,
 )
 from mistral_ext.serve.settings import Settings
-from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
+from mistral_ext.text.chat_template import ChatTemplate
+from mistral_ext.text.jinja_template import JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
 
 _T = TypeVar("_T")

@@ -1,158 +1,28 @@
 """Turns the messages of a chat into token ids, with the template that a model was trained with.
 
-Mistral's own Instruct models have the templates of mistral-common, Mistral's implementation. v1
-writes [INST] as plain text and puts the system prompt before the first user turn. v2 and v3 write
-[INST] as a control token and put the system prompt before the last user turn. (Without tools v2 and
-v3 are the same.) A fine-tune brings its own template, a Jinja program, which `jinja_sandbox`
-renders.
-
-Control tokens that a template writes are encoded as control tokens. The same text in a message is
-encoded as text, so that a user who writes <|im_end|> or </s> cannot end a turn.
+Mistral's own Instruct models have the templates v1, v2 and v3 (`mistral_template`). A fine-tune
+brings its own template (`jinja_template`).
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mistral_ext.files import read_json_object, read_text_file
-from mistral_ext.text.jinja_sandbox import SandboxedTemplate
+from mistral_ext.text.jinja_template import JinjaTemplate
+from mistral_ext.text.mistral_template import encode_with_mistral_common
 from mistral_ext.text.tokenizer import Tokenizer, check_text
 from mistral_ext.text.tool_calls import ToolFormat
-from mistral_ext.text.tool_messages import mistral_messages, with_parsed_arguments
+from mistral_ext.text.tool_messages import Message, Tools, with_parsed_arguments
 
-if TYPE_CHECKING:
-    from mistral_common.protocol.instruct.messages import (
-        AssistantMessage,
-        SystemMessage,
-        ToolMessage,
-        UserMessage,
-    )
-    from mistral_common.tokens.tokenizers.base import Tokenized
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-TEMPLATES = ("v1", "v2", "v3")
 # llama.cpp's converter writes such a name, instead of a template, for weights in Mistral's format.
 _LLAMA_CPP_NAMES = {"mistral-v1": "v1", "mistral-v3": "v3"}
 _OVERRIDE = "; if it was trained with Mistral's chat format, pass template='v1', 'v2' or 'v3'"
 
 _TOOL_CALLS = "[TOOL_CALLS]"  # Mistral's control token before calls
 _TOOL_KEYS = ("tool_calls", "tool_call_id", "name")  # keys of messages, for tools only
-
-Message = Mapping[str, Any]
-Tools = Sequence[Mapping[str, Any]]
-
-
-class JinjaTemplate:
-    """A chat template in Jinja, such as fine-tunes bring.
-
-    Args:
-        path: the file of the template, for error messages.
-        sources: templates by name. "default" is used, or with tools "tool_use" if there is one.
-        tokenizer: encodes what the template writes. The template gets the texts of the tokenizer's
-            special tokens as variables, such as `bos_token`.
-
-    Raises:
-        ValueError: no template has the name "default", or a template is not valid.
-    """
-
-    def __init__(self, path: Path, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
-        if "default" not in sources:
-            raise ValueError(
-                f"{path} has chat templates {', '.join(sorted(sources))}, expected one of the name "
-                "default"
-            )
-        self.path = path
-        self._templates = {
-            name: SandboxedTemplate(source, str(path)) for name, source in sources.items()
-        }
-        name_of = {i: name for name, i in tokenizer.control_ids.items()}
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        names: dict[str, str | None] = {key: name_of[i] for key, i in ids.items() if i in name_of}
-        names |= tokenizer.names
-        self._tokens = {key: name for key, name in names.items() if name is not None}
-        self._tokenizer = tokenizer
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def source(self, tools: Tools | None = None) -> str:
-        """The text of the template that is used with or without tools."""
-        return self._template(tools).source
-
-    def render(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
-        """The text of a conversation, as transformers' apply_chat_template writes it."""
-        text, unmarked = self._render(messages, tools)
-        return unmarked(text)
-
-    def encode(
-        self, messages: Sequence[Message], tools: Tools | None = None, asks: bool = True
-    ) -> list[int]:
-        """The token ids of a conversation. Messages and tools are encoded as text, even where they
-        spell out a control token.
-
-        Args:
-            asks: whether to end with the text that the template writes before a reply.
-        """
-        text, unmarked = self._render(messages, tools, asks)
-        pieces = self._tokenizer.split_control_tokens(text)
-        return self._tokenizer.encode_pieces(
-            [unmarked(piece) if isinstance(piece, str) else piece for piece in pieces]
-        )
-
-    def _template(self, tools: Tools | None) -> SandboxedTemplate:
-        return self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
-
-    def _render(
-        self, messages: Sequence[Message], tools: Tools | None, asks: bool = True
-    ) -> tuple[str, Callable[[str], str]]:
-        """Renders a conversation. Returns the text with marks, and a function that removes the
-        marks.
-
-        If a message spells out a control token, a mark replaces the token's first character, so
-        that the template's output does not have this token. The mark is a character that occurs
-        nowhere else. It is as long as what it replaces, so a template may cut and measure messages.
-        """
-        template = self._template(tools)
-        messages = _plain(list(messages), "messages")
-        tools = _plain(list(tools), "tools") if tools else None
-        starts = self._tokenizer.control_token_starts()
-        given = list(_strings([messages, tools]))
-        spelled = {character for text in given for character in starts.findall(text)}
-        marks = {}
-        if spelled:
-            used = {*template.source, *"".join(given)}
-            free = (c for c in map(chr, range(0x10FFFD, 0xFFFFF, -1)) if c not in used)
-            marks = dict(zip(sorted(spelled), free, strict=False))
-            messages, tools = (
-                _replaced(value, lambda text: starts.sub(lambda m: marks[m[0]], text))
-                for value in (messages, tools)
-            )
-
-        def unmarked(text: str) -> str:
-            for character, mark in marks.items():
-                # A template may have written the mark as JSON in ASCII.
-                text = text.replace(mark, character).replace(json.dumps(mark)[1:-1], character)
-            return text
-
-        variables = {
-            **self._tokens,
-            "messages": [
-                {key: value for key, value in message.items() if value is not None}
-                for message in messages
-            ],
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": asks,
-        }
-        try:
-            return template.render(variables), unmarked
-        except ValueError as error:
-            raise ValueError(unmarked(str(error))) from error.__cause__
-
 
 ChatTemplate = str | JinjaTemplate
 
@@ -231,7 +101,7 @@ def encode_chat(
     try:
         if isinstance(template, JinjaTemplate):
             return template.encode(with_parsed_arguments(messages), tools, asks)
-        return _encode_with_mistral_common(tokenizer, messages, template, tools, asks)
+        return encode_with_mistral_common(tokenizer, messages, template, tools, asks)
     except RecursionError:
         raise ValueError("messages or tools are nested too deep") from None
 
@@ -343,130 +213,6 @@ def _check_tools(tools: Any) -> None:
         raise TypeError(f"tools is {tools!r:.60}, expected a list of dicts")
 
 
-# A model's own template
-
-
-def _plain(value: Any, name: str) -> Any:
-    """A copy of a value made of lists, dicts, strings and numbers. Raises TypeError for other
-    objects, because a template could call their methods."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        check_text(value, name)
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        return {_plain(key, name): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"{name} is a {type(value).__name__}, expected text, numbers, lists and dicts")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings([*value.keys(), *value.values()])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _replaced(value: Any, replace: Callable[[str], str]) -> Any:
-    """A copy of a value, with `replace` applied to every string."""
-    if isinstance(value, str):
-        return replace(value)
-    if isinstance(value, dict):
-        return {_replaced(k, replace): _replaced(v, replace) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_replaced(item, replace) for item in value]
-    return value
-
-
-# Mistral's templates
-
-
-def _encode_with_mistral_common(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    template: str,
-    tools: Tools | None,
-    asks: bool = True,
-) -> list[int]:
-    from mistral_common.exceptions import MistralCommonException
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.protocol.instruct.tool_calls import Tool
-
-    encoder = _instruct_encoder(tokenizer, template, asks)
-    if tools and template == "v1":
-        raise ValueError(f"tools has {len(tools)} tools, expected none: the chat template is v1")
-    converted = mistral_messages(messages)
-    try:
-        request = ChatCompletionRequest(
-            messages=converted,
-            tools=[Tool.from_openai(dict(tool)) for tool in tools] if tools else None,
-        )
-    except (ValueError, KeyError) as error:  # errors of pydantic
-        raise ValueError(f"tools: not in OpenAI's format: {error}") from error
-    try:
-        return encoder.encode_chat_completion(request).tokens
-    except MistralCommonException as error:
-        raise ValueError(f"messages: {error}") from error
-
-
-@functools.lru_cache(maxsize=4)
-def _instruct_encoder(
-    tokenizer: Tokenizer, template: str, asks: bool
-) -> MistralTokenizer[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]:
-    from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
-    from mistral_common.protocol.instruct.validator import MistralRequestValidator, ValidationMode
-    from mistral_common.tokens.tokenizers import instruct
-    from mistral_common.tokens.tokenizers.base import TokenizerVersion
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-    if template not in TEMPLATES:
-        raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}")
-    if template != "v1" and "[INST]" not in tokenizer.control_ids:
-        raise ValueError(
-            f"template is {template!r}, expected 'v1': {tokenizer.path} lacks the control token "
-            "[INST]"
-        )
-    # MistralTokenizer.from_file() would infer the version from the file's name. But a Hugging Face
-    # folder's tokenizer.model may have any version, so the tokenizer is put together here.
-    text_tokenizer = _TextTokenizer(tokenizer, TokenizerVersion(template))
-    encoder = getattr(instruct, f"InstructTokenizer{template.upper()}")(text_tokenizer)
-    return MistralTokenizer(
-        encoder,
-        validator=MistralRequestValidator(ValidationMode("test" if asks else "finetuning")),
-        request_normalizer=InstructRequestNormalizer.normalizer(),
-    )
-
-
-class _TextTokenizer:
-    """A Tokenizer with the interface that mistral-common's templates use.
-
-    mistral-common itself reads SentencePiece files, but neither tokenizer.json nor added tokens.
-    """
-
-    model_settings_builder = None
-
-    def __init__(self, tokenizer: Tokenizer, version: object) -> None:
-        self.version = version
-        self.bos_id = tokenizer.bos_id
-        self.eos_id = tokenizer.eos_id
-        self._tokenizer = tokenizer
-
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        return self._tokenizer.encode(s, bos=bos) + [self.eos_id] * eos
-
-    def decode(self, tokens: Sequence[int], special_token_policy: object = None) -> str:
-        return self._tokenizer.decode(tokens)
-
-    def get_special_token(self, s: str) -> int:
-        # Templates also look up tokens for images and tools. Older vocabularies lack these tokens,
-        # and then the id is not used.
-        return self._tokenizer.control_ids.get(s, 0)
-
-
 # Recognising Mistral's templates
 
 _PROBE = [
@@ -492,7 +238,7 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
             if probe is _SYSTEM_PROBE:
                 continue
             return False
-        expected = _encode_with_mistral_common(tokenizer, probe, tokenizer.version, None)
+        expected = encode_with_mistral_common(tokenizer, probe, tokenizer.version, None)
         texts = (transcript(tokenizer, i) for i in (ids, expected))
         if len({b"".join(text.split()) for text in texts}) > 1:
             return False

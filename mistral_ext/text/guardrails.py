@@ -11,11 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mistral_ext.text.tokenizer import Tokenizer
-
-Message = Mapping[str, Any]
+from mistral_ext.text.tool_messages import Message
 
 SAFE_PROMPT = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid "

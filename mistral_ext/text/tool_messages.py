@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _ID = re.compile(f"[{ID_CHARACTERS}]{{{ID_LENGTH}}}")
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 
 
 def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:

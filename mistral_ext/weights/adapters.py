@@ -261,7 +261,8 @@ def _read_mistral(file: Path, config: MistralConfig) -> dict[str, LowRank]:
     matched = pairs.matched()
     scale = _mistral_scale(file)
     return {
-        name: LowRank(a, _in_halves(name, b, config), scale) for name, (a, b) in matched.items()
+        name: LowRank(a, pairs_to_halves(name, b, config), scale)
+        for name, (a, b) in matched.items()
     }
 
 
@@ -296,14 +297,9 @@ def _read_gguf(file: Path, config: MistralConfig) -> dict[str, LowRank]:
         module, _, matrix = tensor.name.rpartition(".")
         pairs.add(names.get(module), matrix, ("lora_a", "lora_b"), tensor)
     return {
-        name: LowRank(a, _in_halves(name, b, config), alpha / len(a))
+        name: LowRank(a, pairs_to_halves(name, b, config), alpha / len(a))
         for name, (a, b) in pairs.matched().items()
     }
-
-
-def _in_halves(name: str, b: Tensor, config: MistralConfig) -> Tensor:
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.rpartition(".")[2])
-    return b if heads is None else pairs_to_halves(b, heads)
 
 
 # The tensors of an adapter

@@ -160,12 +160,6 @@ class Checkpoint:
             )
         config = folder.config
         files = _files(folder)
-        if files is None:
-            expected = ", ".join(layout.file for layout in LAYOUTS)
-            found = what_is_there(entry.name for entry in folder.path.iterdir())
-            raise FileNotFoundError(
-                f"no weights in {str(folder.path)!r}: expected one of {expected}; {found}"
-            )
         stored = folder.quantization
         if stored and quantization and stored.bits != quantization.bits:
             raise ValueError(
@@ -190,11 +184,9 @@ class Checkpoint:
             if quantization is None:
                 kept = kept_formats(folder.gguf)
             tensors = list(gguf_tensors(folder.gguf, decoded, kept))
-            formats = {
-                gguf_name(name): quantization.format_of(name, shape[-1]) if quantization else None
-                for name, shape in tensor_shapes(config).items()
-            }
-            say_what_changes(folder.gguf, formats | kept, _list((dtype,)))
+            say_what_changes(
+                folder.gguf, _new_formats(config, quantization) | kept, _list((dtype,))
+            )
         packed: dict[str, Quantized] = {}
         if folder.packing is not None:
             dtype = dtype or packed_dtype(tensors, hugging_face_name("tok_embeddings.weight"))
@@ -213,11 +205,9 @@ class Checkpoint:
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
-        # The weights whose rows `_read` must bring from Mistral's order to Hugging Face's
-        # (`pairs_to_halves`), and their numbers of heads.
-        self._heads_in_pairs = {}
-        if files.layout.format in ("mistral", "gguf"):
-            self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
+        # Whether `_read` must bring the rows of wq and wk from Mistral's order to Hugging Face's.
+        self._has_pairs = files.layout.format in ("mistral", "gguf")
+        self._config = config
 
     @property
     def names(self) -> list[str]:
@@ -265,9 +255,9 @@ class Checkpoint:
 
     def _read(self, name: str, parts: tuple[StoredTensor, ...]) -> Weight:
         tensors = [part.read() for part in parts]
-        n_heads = self._heads_in_pairs.get(name.split(".")[-2])
-        if n_heads is not None:
-            tensors = [pairs_to_halves(tensor, n_heads) for tensor in tensors]
+        if self._has_pairs:
+            module = name.removesuffix(".weight")
+            tensors = [pairs_to_halves(module, tensor, self._config) for tensor in tensors]
         if self._quantizes:
             try:
                 quantized = self._quantizes.quantize(name, tensors[0], parts[0].name)
@@ -324,6 +314,15 @@ def _expect_known(names: Iterable[str], config: MistralConfig) -> None:
             f"formats of quantization_config has {hugging_face_name(unknown)!r}, expected weights "
             f"of a model with n_layers={config.n_layers}"
         )
+
+
+def _new_formats(config: MistralConfig, quantization: Quantization | None) -> dict[str, str | None]:
+    """The formats that weights of a GGUF file get by quantisation, by the file's names. None: the
+    weight is not quantised."""
+    return {
+        gguf_name(name): quantization.format_of(name, shape[-1]) if quantization else None
+        for name, shape in tensor_shapes(config).items()
+    }
 
 
 def _stored_name(name: str, layout: Layout) -> str:
@@ -441,10 +440,18 @@ def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> to
     return stored.dtype
 
 
-def _files(folder: ModelFolder) -> WeightFiles | None:
-    if folder.gguf is None:
-        return find_weights(folder.path)
-    return WeightFiles(Layout(folder.path.name, "gguf"), folder.path, (folder.path,))
+def _files(folder: ModelFolder) -> WeightFiles:
+    """Finds the files with a model's weights. Raises FileNotFoundError if there are none."""
+    if folder.gguf is not None:
+        return WeightFiles(Layout(folder.path.name, "gguf"), folder.path, (folder.path,))
+    files = find_weights(folder.path)
+    if files is None:
+        expected = ", ".join(layout.file for layout in LAYOUTS)
+        found = what_is_there(entry.name for entry in folder.path.iterdir())
+        raise FileNotFoundError(
+            f"no weights in {str(folder.path)!r}: expected one of {expected}; {found}"
+        )
+    return files
 
 
 def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
@@ -461,12 +468,16 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
 # Changes to a tensor
 
 
-def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorders the rows of wq or wk from Mistral's order to Hugging Face's.
+def pairs_to_halves(module: str, weight: Tensor, config: MistralConfig) -> Tensor:
+    """Reorders the rows of wq or wk from Mistral's order to Hugging Face's. `module` is Mistral's
+    name of the weight, without ".weight". Rows of other weights stay as they are.
 
     Within each head, Mistral's RoPE rotates rows (2i, 2i + 1) as a pair, and our RoPE rotates rows
     (i, i + head_dim / 2). So the result has the even rows of a head first, then the odd rows.
     """
+    n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(module.rpartition(".")[2])
+    if n_heads is None:
+        return weight
     n_rows, dim = weight.shape
     pairs = weight.view(n_heads, n_rows // n_heads // 2, 2, dim)
     return pairs.transpose(1, 2).reshape(n_rows, dim)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +18,8 @@ from typing import Any
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.weights import generation_config
+from mistral_ext.weights.gguf_config import gguf_config
 from mistral_ext.weights.gguf_file import Gguf, is_gguf, part_names, read_gguf
-from mistral_ext.weights.gguf_model import gguf_config
 from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.packed_settings import Packing, method_of, packing_of
 from mistral_ext.weights.quantize import Quantization
@@ -218,12 +217,6 @@ def what_is_there(names: Iterable[str]) -> str:
             return f"found {name}: of a GGUF file pass the file, as in OWNER/NAME:{name}"
     shown = [*names[:8], f"{len(names) - 8} more"] if len(names) > 9 else names
     return f"found {', '.join(shown) or 'nothing'}"
-
-
-def summary(error: BaseException) -> str:
-    """The first line of a library's message, without the codes that colour terminals."""
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
-    return text.partition("\n")[0] or type(error).__name__
 
 
 def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:

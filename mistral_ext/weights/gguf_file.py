@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mistral_ext.files import refuse_lfs_pointer
-from mistral_ext.ops import memory
 from mistral_ext.weights.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, BlockType
+from mistral_ext.weights.mapped_bytes import map_bytes
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -85,20 +84,8 @@ class GgufTensor:
 
     def rows(self) -> Tensor:
         """Maps the bytes of the tensor into memory: [rows, bytes of a row] uint8. A vector is one
-        row.
-
-        Each call makes a mapping of its own, which is closed when the result is freed.
-        """
-        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
-        skipped = self.offset - start
-        with self.file.open("rb") as f:
-            # The pages are private, because torch has no read-only tensors: an accidental write
-            # must not reach the file.
-            pages = mmap.mmap(
-                f.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=start
-            )
-        memory.ask_for_large_pages(pages)
-        data = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=skipped)
+        row."""
+        data = map_bytes(self.file, self.offset, self.nbytes)
         return data.view(-1, self.type.row_bytes(self.shape[-1]))
 
 

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, summary, what_is_there
+from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, what_is_there
 from mistral_ext.weights.gguf_file import is_gguf, part_names
+from mistral_ext.weights.library_errors import summary
 from mistral_ext.weights.packed_settings import OWN_FILES as PACKING_FILES
 
 DEMO_NAME = "demo"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_ext.weights.library_errors import summary
 from mistral_ext.weights.new_folder import sync_names
 
 HIDDEN, SENSITIVITIES = "hidden.pt", "sensitivities.pt"
@@ -76,9 +77,8 @@ def load_state(file: Path, identity: str) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(file, weights_only=True)
         found = state["identity"]
     except Exception as error:  # torch raises errors of many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{str(file)!r} is missing or damaged: remove {str(file.parent)!r} ({reason})"
+            f"{str(file)!r} is missing or damaged: remove {str(file.parent)!r} ({summary(error)})"
         ) from error
     if found != identity:
         raise ValueError(

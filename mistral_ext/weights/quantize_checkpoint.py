@@ -69,13 +69,7 @@ def quantize_checkpoint(
             arguments contradict each other.
         OSError: no space is left, or another failure of the system.
     """
-    if (bits is None) == (size is None):
-        raise ValueError(f"bits is {bits!r} and size is {size!r}, expected one of them")
-    if size is not None:
-        bytes_of(size)  # raises if it is not a size
-        if group is not None:
-            raise ValueError(f"group is {group!r} and size is {size!r}, expected one of them")
-    quantization = Quantization.from_bits(4 if bits is None else bits, group)
+    quantization = _quantization(bits, group, size)
     if calibration is not None and (bits == 8 or group is not None):
         raise ValueError(
             f"calibration is given with bits {bits!r} and group {group!r}, expected 4 and None, "
@@ -84,22 +78,7 @@ def quantize_checkpoint(
     target = Path(target).expanduser()  # as `resolve` does with the source
     expect_replaceable(target)
     original = read_folder(resolve(source))
-    if original.gguf is not None:
-        raise ValueError(
-            f"{str(original.path)!r} is a GGUF file, expected the folder of the original, or load "
-            "it with quantize="
-        )
-    form = original.quantization or original.packing
-    if form is not None:
-        raise ValueError(
-            f"the weights in {str(original.path)!r} are quantised already, as {form}, expected the "
-            "original"
-        )
-    if not original.config.writes_text:
-        raise ValueError(
-            f"{str(original.path)!r} is an embedding model, expected a model that writes text, or "
-            "load it with quantize="
-        )
+    _expect_quantizable(original)
     weights = checkpoint.Checkpoint(original, dtype, quantization)
     # The new model has output weights of its own, in 8 bits, even if the original uses its
     # embeddings as output weights (tied embeddings).
@@ -129,6 +108,38 @@ def quantize_checkpoint(
         except OSError as error:  # no reason to fail, because the model is complete
             _log.warning("%s is not needed any more, but cannot be removed: %s", kept, error)
     return target
+
+
+def _quantization(bits: int | None, group: int | None, size: str | int | None) -> Quantization:
+    """Returns the formats for `bits` and `group`. If a `size` is given, returns the formats for 4
+    bits, because `Mixture` can choose only when the source was read. Raises ValueError if the
+    arguments contradict each other."""
+    if (bits is None) == (size is None):
+        raise ValueError(f"bits is {bits!r} and size is {size!r}, expected one of them")
+    if size is not None:
+        bytes_of(size)  # raises if it is not a size
+        if group is not None:
+            raise ValueError(f"group is {group!r} and size is {size!r}, expected one of them")
+    return Quantization.from_bits(4 if bits is None else bits, group)
+
+
+def _expect_quantizable(original: ModelFolder) -> None:
+    if original.gguf is not None:
+        raise ValueError(
+            f"{str(original.path)!r} is a GGUF file, expected the folder of the original, or load "
+            "it with quantize="
+        )
+    form = original.quantization or original.packing
+    if form is not None:
+        raise ValueError(
+            f"the weights in {str(original.path)!r} are quantised already, as {form}, expected the "
+            "original"
+        )
+    if not original.config.writes_text:
+        raise ValueError(
+            f"{str(original.path)!r} is an embedding model, expected a model that writes text, or "
+            "load it with quantize="
+        )
 
 
 def _sensitivities(

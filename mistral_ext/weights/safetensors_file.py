@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_ext.ops import memory
+from mistral_ext.weights.mapped_bytes import map_bytes
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -106,23 +105,10 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
 
 
 def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
-    """Maps a tensor of a file into memory.
-
-    Each tensor has its own mapping, which ends when the tensor is freed. So after a tensor was
-    copied and freed, the process does not hold its pages any more.
-    """
+    """Maps a tensor of a file into memory."""
     if isinstance(dtype, str):
         raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
-    n_bytes = math.prod(shape) * dtype.itemsize
-    start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    with file.open("rb") as f:
-        # ACCESS_COPY gives private pages. torch has no read-only tensors, so an accidental write
-        # must neither crash nor reach the file.
-        pages = mmap.mmap(
-            f.fileno(), offset - start + n_bytes, access=mmap.ACCESS_COPY, offset=start
-        )
-    memory.ask_for_large_pages(pages)
-    data = torch.frombuffer(pages, dtype=torch.uint8, count=n_bytes, offset=offset - start)
+    data = map_bytes(file, offset, math.prod(shape) * dtype.itemsize)
     if data.data_ptr() % dtype.itemsize:  # a header may have any length, so data may be unaligned
         data = data.clone()
     return data.view(dtype).view(shape)

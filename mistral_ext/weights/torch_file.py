@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_ext.weights.folder import summary
+from mistral_ext.weights.library_errors import summary
 from mistral_ext.weights.safetensors_file import StoredTensor
 
 _ZIP = b"PK\x03\x04"

@@ -13,7 +13,7 @@ from checkpoints import TOKENIZERS, write_checkpoint
 from mistral_ext import Mistral
 from mistral_ext.finetune import Trainer
 from mistral_ext.finetune.data import read_samples
-from mistral_ext.text.chat_template import JinjaTemplate
+from mistral_ext.text.jinja_template import JinjaTemplate
 from mistral_ext.text.reply import encode_reply
 
 SYSTEM = {"role": "system", "content": "Be brief."}

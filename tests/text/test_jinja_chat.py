@@ -25,11 +25,11 @@ from transformers import AutoTokenizer
 
 from mistral_ext import Mistral
 from mistral_ext.text.chat_template import (
-    JinjaTemplate,
     chat_template_of,
     encode_chat,
     extend_chat,
 )
+from mistral_ext.text.jinja_template import JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
 
 CONTROL = ("<|im_end|>", "<|im_start|>", "<|end_of_turn|>")

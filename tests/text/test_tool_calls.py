@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from chat_templates import CHATML, HERMES_TOOLS
 
-from mistral_ext.text.chat_template import JinjaTemplate, encode_chat, tool_format
+from mistral_ext.text.chat_template import encode_chat, tool_format
 from mistral_ext.text.constraint import Constraint
 from mistral_ext.text.grammar import GrammarCompiler
+from mistral_ext.text.jinja_template import JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.text.tool_calls import ToolDelta, ToolFormat, ToolUse
 from mistral_ext.text.tool_parser import ToolParser
