@@ -64,15 +64,15 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
 def _check_content_type(scope: Scope) -> None:
     """Raises ApiError 400 for a body with a content type other than JSON.
 
-    The content type of a form is allowed, because `curl -d` gives it to every body. But a form with
-    an Origin header comes from a browser and is refused: a page of another site could send a form
-    without permission.
+    The content type of a form is allowed, because `curl -d` gives it to every body, and so is none
+    at all. But if the request has an Origin header, it comes from a browser, and both are refused:
+    a page of another site could send such bodies without permission.
     """
-    kind = (header(scope, "content-type") or "application/json").partition(";")[0].strip().lower()
-    is_form = kind == "application/x-www-form-urlencoded" and header(scope, "origin") is None
+    kind = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
     is_json = kind == "application/json" or kind.endswith("+json")
-    if not (is_json or is_form):
-        raise bad_request(f"content-type is {kind}, expected application/json")
+    is_allowed = kind in ("", "application/x-www-form-urlencoded")
+    if not (is_json or (is_allowed and header(scope, "origin") is None)):
+        raise bad_request(f"content-type is {kind or 'missing'}, expected application/json")
 
 
 async def _read_body(scope: Scope, receive: Receive, most: int) -> bytes:

@@ -143,6 +143,8 @@ def test_14_content_types(demo):
 
 
 def test_14_and_it_still_serves(demo):
+    assert status(None, origin="https://example.org") == 400
+    assert status("application/json", origin="https://example.org") == 200
     assert demo.chat(max_tokens=2).status_code == 200
     assert not [line for line in demo.lines if "Traceback" in line]
 
