@@ -21,6 +21,9 @@ T = TypeVar("T")
 # The most seconds that a client may take to send a body.
 _BODY_SECONDS = 60.0
 
+# The most levels of objects and lists in a body. Python's functions for JSON fail at about 1000.
+_MOST_LEVELS = 256
+
 
 class DisconnectedError(Exception):
     """The client has hung up."""
@@ -58,6 +61,8 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
         raise bad_request(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise bad_request(f"the body is {_short(body)}, expected a JSON object")
+    if _is_deeper(body, _MOST_LEVELS):
+        raise bad_request(f"the body has more than {_MOST_LEVELS} levels")
     return body
 
 
@@ -91,6 +96,22 @@ async def _read_body(scope: Scope, receive: Receive, most: int) -> bytes:
             raise too_large
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists are nested deeper than `levels`."""
+    containers = [value]  # those of one level
+    for _ in range(levels):
+        found: list[Any] = []
+        for one in containers:
+            items = one.values() if isinstance(one, dict) else one
+            # There may be a million token ids, so their types are looked at together.
+            if not {dict, list}.isdisjoint(map(type, items)):
+                found += [item for item in items if isinstance(item, (dict, list))]
+        containers = found
+        if not containers:
+            return False
+    return True
 
 
 def _refuse_constant(name: str) -> NoReturn:
