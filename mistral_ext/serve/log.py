@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -11,6 +10,8 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
+
+from mistral_ext.files import json_text
 
 _log = logging.getLogger("mistral_ext.serve")
 
@@ -96,7 +97,7 @@ class RequestLog:
                 "first_token_seconds": first,
                 "seconds": seconds,
             }
-            self._file.emit(logging.makeLogRecord({"msg": json.dumps(line)}))
+            self._file.emit(logging.makeLogRecord({"msg": json_text(line)}))
 
     def close(self) -> None:
         """Closes the file."""

@@ -24,3 +24,15 @@ def test_files_are_moved_aside_and_stay_private(tmp_path, monkeypatch):
     assert 3 < len(lines) < 60  # the oldest are gone
     kept = [json.loads(line)["id"] for line in lines]
     assert kept == [f"id-{number}" for number in range(60 - len(lines), 60)]
+
+
+def test_lines_are_json_if_a_request_has_infinity(tmp_path):
+    requests = log.RequestLog(tmp_path / "requests.jsonl")
+    requests.write(log.Record("id", "/v1/completions", body=json.loads('{"user": 1e999}')))
+    requests.close()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    line = json.loads((tmp_path / "requests.jsonl").read_text(), parse_constant=refuse)
+    assert line["request"] == {"user": None}
