@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import httpx
 import pytest
@@ -145,6 +146,32 @@ def test_14_content_types(demo):
     assert status("application/x-www-form-urlencoded", origin="https://example.org") == 400
     assert status(None, origin="https://example.org") == 400
     assert status("application/json", origin="https://example.org") == 200
+
+
+def _raw(server, version: str, *headers: str, **fields) -> bytes:
+    """The answer to a completion of 2 tokens, as it comes over the socket."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 2, **fields}).encode()
+    lines = (f"POST /v1/completions HTTP/{version}", "Host: x", f"Content-Length: {len(body)}")
+    head = "\r\n".join((*lines, "Connection: close", *headers, "", "")).encode()
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=100) as connection:
+        connection.sendall(head + body)
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
+
+
+def test_streams_of_http_1_0_have_no_chunks(demo):
+    head, _, body = _raw(demo, "1.0", stream=True).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"\n\ndata: [DONE]\n\n")
+
+
+def test_an_offer_of_http_2_keeps_the_body(demo):
+    """Java's HttpClient makes this offer with its first request."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQ")
+    head, _, body = _raw(demo, "1.1", *offer).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert json.loads(body)["usage"]["completion_tokens"] == 2
 
 
 def test_14_and_it_still_serves(demo):
