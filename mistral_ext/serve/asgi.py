@@ -210,7 +210,10 @@ class EventStream:
             await self._send(
                 {"type": "http.response.start", "status": 200, "headers": _encoded(fields)}
             )
-        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+        # The name of a model may have lone surrogates, such as that of a path that is not UTF-8.
+        # This writes them as JSON does, so answers and streams are the same.
+        data = text.encode("utf-8", "backslashreplace")
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _encoded(fields: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
