@@ -21,6 +21,9 @@ T = TypeVar("T")
 # The most seconds that a client may take to send a body.
 _BODY_SECONDS = 60.0
 
+# The most levels of objects and lists in a body. Python's functions for JSON fail at about 1000.
+_MOST_LEVELS = 256
+
 
 class DisconnectedError(Exception):
     """The client has hung up."""
@@ -58,21 +61,23 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
         raise bad_request(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise bad_request(f"the body is {_short(body)}, expected a JSON object")
+    if _is_deeper(body, _MOST_LEVELS):
+        raise bad_request(f"the body has more than {_MOST_LEVELS} levels")
     return body
 
 
 def _check_content_type(scope: Scope) -> None:
     """Raises ApiError 400 for a body with a content type other than JSON.
 
-    The content type of a form is allowed, because `curl -d` gives it to every body. But a form with
-    an Origin header comes from a browser and is refused: a page of another site could send a form
-    without permission.
+    The content type of a form is allowed, because `curl -d` gives it to every body, and so is none
+    at all. But if the request has an Origin header, it comes from a browser, and both are refused:
+    a page of another site could send such bodies without permission.
     """
-    kind = (header(scope, "content-type") or "application/json").partition(";")[0].strip().lower()
-    is_form = kind == "application/x-www-form-urlencoded" and header(scope, "origin") is None
+    kind = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
     is_json = kind == "application/json" or kind.endswith("+json")
-    if not (is_json or is_form):
-        raise bad_request(f"content-type is {kind}, expected application/json")
+    is_allowed = kind in ("", "application/x-www-form-urlencoded")
+    if not (is_json or (is_allowed and header(scope, "origin") is None)):
+        raise bad_request(f"content-type is {kind or 'missing'}, expected application/json")
 
 
 async def _read_body(scope: Scope, receive: Receive, most: int) -> bytes:
@@ -91,6 +96,22 @@ async def _read_body(scope: Scope, receive: Receive, most: int) -> bytes:
             raise too_large
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists are nested deeper than `levels`."""
+    containers = [value]  # those of one level
+    for _ in range(levels):
+        found: list[Any] = []
+        for one in containers:
+            items = one.values() if isinstance(one, dict) else one
+            # There may be a million token ids, so their types are looked at together.
+            if not {dict, list}.isdisjoint(map(type, items)):
+                found += [item for item in items if isinstance(item, (dict, list))]
+        containers = found
+        if not containers:
+            return False
+    return True
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -189,7 +210,10 @@ class EventStream:
             await self._send(
                 {"type": "http.response.start", "status": 200, "headers": _encoded(fields)}
             )
-        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+        # The name of a model may have lone surrogates, such as that of a path that is not UTF-8.
+        # This writes them as JSON does, so answers and streams are the same.
+        data = text.encode("utf-8", "backslashreplace")
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _encoded(fields: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mistral_ext.serve import structure, tools
-from mistral_ext.serve.schema import Schema
+from mistral_ext.serve.schema import Schema, or_null
 
 # The most alternatives of a token whose log-probabilities a request may ask for (OpenAI's limit).
 MOST_LOGPROBS = 20
@@ -59,7 +59,10 @@ _SAMPLING: dict[str, Schema] = {
     "stream": _FLAG,
     "stream_options": {
         "type": "object",
-        "properties": {"include_usage": _FLAG, "include_obfuscation": _FLAG},
+        "properties": {
+            "include_usage": or_null(_FLAG),
+            "include_obfuscation": or_null(_FLAG),
+        },
         "additionalProperties": False,
     },
     "cache_salt": _SALT,
@@ -204,7 +207,7 @@ def request_schema(fields: Mapping[str, Schema], required: tuple[str, ...] = ())
     """The schema of a request with these fields. The fields of `IGNORED` and `NEUTRAL` are
     added."""
     properties: dict[str, Any] = {
-        name: schema if name in required else {"anyOf": [schema, {"type": "null"}]}
+        name: schema if name in required else or_null(schema)
         for name, schema in {**NEUTRAL, **fields}.items()
     }
     properties |= {name: {"description": "accepted, without effect"} for name in IGNORED}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
+
+from mistral_ext.files import json_text
 
 _log = logging.getLogger("mistral_ext.serve")
 
@@ -43,10 +44,30 @@ class _PrivateFile(RotatingFileHandler):
     its permissions."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8")
+        super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1)
 
-    def _open(self) -> TextIOWrapper:
-        return open(self.baseFilename, "a", encoding=self.encoding, opener=_private)
+    def _open(self) -> Any:
+        # Without a buffer, so that no part of a line that failed is written later.
+        return open(self.baseFilename, "ab", buffering=0, opener=_private)
+
+    def write(self, line: str) -> None:
+        """Writes a whole line, or nothing.
+
+        Raises:
+            OSError: the line could not be written.
+        """
+        if self.shouldRollover(logging.makeLogRecord({"msg": line})):
+            self.doRollover()
+        assert self.stream
+        file, data = self.stream.fileno(), f"{line}\n".encode()
+        size = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+        except OSError:
+            with suppress(OSError):  # what is no file, such as a pipe, has no length
+                os.ftruncate(file, size)
+            raise
 
 
 def _private(path: str, flags: int) -> int:
@@ -96,7 +117,10 @@ class RequestLog:
                 "first_token_seconds": first,
                 "seconds": seconds,
             }
-            self._file.emit(logging.makeLogRecord({"msg": json.dumps(line)}))
+            try:
+                self._file.write(json_text(line))
+            except OSError as error:
+                _log.error("%s is not in the file of requests: %s", record.request_id, error)
 
     def close(self) -> None:
         """Closes the file."""

@@ -48,9 +48,11 @@ class LogprobWriter:
         for token in tokens:
             lists["tokens"].append(self._shown(token.token_id))
             lists["token_logprobs"].append(_finite(token.logprob))
-            lists["top_logprobs"].append(
-                {self._shown(i): _finite(logprob) for i, logprob in token.top.items()}
-            )
+            top: dict[str, float] = {}
+            for i, logprob in token.top.items():
+                # Several tokens may have the same text. The most likely one, which is first, stays.
+                top.setdefault(self._shown(i), _finite(logprob))
+            lists["top_logprobs"].append(top)
             lists["text_offset"].append(self._offset)
             self._go_on(token.token_id)
         return lists

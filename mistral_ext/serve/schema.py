@@ -15,6 +15,11 @@ from mistral_ext.serve.errors import ApiError, bad_request
 Schema: TypeAlias = Mapping[str, Any]
 
 
+def or_null(schema: Schema) -> Schema:
+    """The schema of a value that may be null instead."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
 def check(value: Any, schema: Schema, name: str) -> None:
     """Raises ApiError 400 unless a value fits the schema. The message names the field and what was
     expected."""

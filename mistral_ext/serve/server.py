@@ -77,6 +77,9 @@ async def _serve(service: Service, listener: socket.socket) -> int:
         log_config=None,
         access_log=False,
         lifespan="off",
+        # uvicorn would take httptools if it is installed. With it, streams to clients of HTTP/1.0
+        # have chunks, and the body is lost if a client offers HTTP/2, as Java's does.
+        http="h11",
         server_header=False,
         timeout_graceful_shutdown=2,
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mistral_ext.serve.errors import bad_request
-from mistral_ext.serve.schema import Schema
+from mistral_ext.serve.schema import Schema, or_null
 
 _SOURCE: Schema = {"type": "string", "minLength": 1}
 _JSON_SCHEMA: Schema = {"anyOf": [{"type": "object"}, _SOURCE]}
@@ -24,7 +24,7 @@ FIELDS: dict[str, Schema] = {
             "json_schema": {
                 "type": ["object", "null"],
                 "properties": {
-                    "name": {"type": "string"},
+                    "name": {"type": ["string", "null"]},
                     "description": {"type": ["string", "null"]},
                     "schema": {"type": "object"},
                     "strict": {"type": ["boolean", "null"]},
@@ -43,11 +43,11 @@ FIELDS: dict[str, Schema] = {
     "structured_outputs": {
         "type": "object",
         "properties": {
-            "json": _JSON_SCHEMA,
-            "json_object": {"type": "boolean"},
-            "regex": _SOURCE,
-            "grammar": _SOURCE,
-            "choice": _CHOICE,
+            "json": or_null(_JSON_SCHEMA),
+            "json_object": {"type": ["boolean", "null"]},
+            "regex": or_null(_SOURCE),
+            "grammar": or_null(_SOURCE),
+            "choice": or_null(_CHOICE),
         },
         "additionalProperties": False,
     },
@@ -86,10 +86,10 @@ def structure_of(given: Mapping[str, Any]) -> Structure | None:
             found.append(_structure(field, name, given[field]))
     for name, value in given.get("structured_outputs", {}).items():
         field = f"structured_outputs.{name}"
-        if name != "json_object":
-            found.append(_structure(field, name, value))
-        elif value:
+        if value and name == "json_object":
             found.append(Structure(field, "schema", _ANY_OBJECT))
+        elif value is not None and name != "json_object":
+            found.append(_structure(field, name, value))
     if len(found) > 1:
         fields = " and ".join(structure.field for structure in found)
         raise bad_request(f"{fields} are given, expected one of them", found[1].field)

@@ -58,7 +58,8 @@ def test_stream_is_the_reply_in_pieces(demo):
 
 
 def test_frames_of_a_stream(demo):
-    body = {**OPTIONS, "stream": True, "stream_options": {"include_usage": True}}
+    options = {"include_usage": True, "include_obfuscation": None}
+    body = {**OPTIONS, "stream": True, "stream_options": options}
     with demo.http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         text = response.read().decode()

@@ -5,6 +5,11 @@ from __future__ import annotations
 import openai
 import pytest
 
+from mistral_ext.engine.params import TokenLogprob
+from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.serve.logprobs import LogprobWriter
+from mistral_ext.text.tokenizer import Tokenizer
+
 ONCE = "Once upon a time there was"
 OPTIONS = {"model": "demo", "max_tokens": 12, "seed": 3}
 
@@ -69,6 +74,14 @@ def test_logprobs(demo):
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     assert [token for part in parts for token in part.tokens] == logprobs.tokens
     assert [o for part in parts for o in part.text_offset] == logprobs.text_offset
+
+
+def test_of_tokens_with_the_same_text_the_most_likely_is_reported():
+    tokenizer = Tokenizer.from_folder(DEMO_MODEL)
+    comma, byte = (i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == b",")
+    writer = LogprobWriter(tokenizer, starts_text=False)
+    token = TokenLogprob(comma, -0.5, {comma: -0.5, byte: -9.0})
+    assert writer.text([token])["top_logprobs"] == [{",": -0.5}]
 
 
 @pytest.mark.parametrize(

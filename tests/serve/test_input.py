@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import httpx
 import pytest
@@ -117,6 +118,9 @@ def test_14_bad_fields_are_named(demo, name):
         b'{"prompt": "a", "temperature": 1e999}',
         b'{"prompt": "a", "seed": ' + b"9" * 10000 + b"}",
         b'{"prompt": ' + b"[" * 100_000 + b"}",
+        # Python reads so many levels, but may fail to write them into the error.
+        *(b'{"stop": ' + b"[" * n + b"]" * n + b"}" for n in range(940, 990, 3)),
+        b'{"prompt": "a", "user": ' + b'{"a": ' * 900 + b"1" + b"}" * 901,
     ],
 )
 def test_14_bodies_that_are_no_object(demo, body):
@@ -140,6 +144,34 @@ def test_14_content_types(demo):
     # What `curl -d` says of every body; and so might any web page that a browser has open.
     assert status("application/x-www-form-urlencoded") == 200
     assert status("application/x-www-form-urlencoded", origin="https://example.org") == 400
+    assert status(None, origin="https://example.org") == 400
+    assert status("application/json", origin="https://example.org") == 200
+
+
+def _raw(server, version: str, *headers: str, **fields) -> bytes:
+    """The answer to a completion of 2 tokens, as it comes over the socket."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 2, **fields}).encode()
+    lines = (f"POST /v1/completions HTTP/{version}", "Host: x", f"Content-Length: {len(body)}")
+    head = "\r\n".join((*lines, "Connection: close", *headers, "", "")).encode()
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=100) as connection:
+        connection.sendall(head + body)
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
+
+
+def test_streams_of_http_1_0_have_no_chunks(demo):
+    head, _, body = _raw(demo, "1.0", stream=True).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"\n\ndata: [DONE]\n\n")
+
+
+def test_an_offer_of_http_2_keeps_the_body(demo):
+    """Java's HttpClient makes this offer with its first request."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQ")
+    head, _, body = _raw(demo, "1.1", *offer).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert json.loads(body)["usage"]["completion_tokens"] == 2
 
 
 def test_14_and_it_still_serves(demo):

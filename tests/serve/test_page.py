@@ -221,6 +221,13 @@ def test_half_of_markdown_is_shown_while_it_comes(tab, text):
     assert tab.locator(".assistant .body").inner_text().startswith("Before")
 
 
+@pytest.mark.parametrize("mark", [">", "> ", "- > "])
+def test_marks_without_end_are_shown(tab, mark):
+    show_reply(tab, f"Before\n\n{mark * 10_000}")
+    assert tab.locator(".assistant .body").inner_text().startswith("Before")
+    assert tab.locator("blockquote").count() < 100
+
+
 def test_all_by_keyboard(tab):
     assert tab.evaluate("document.activeElement.id") == "input"
     names = []

@@ -69,6 +69,17 @@ def test_requests_are_written_only_if_asked_for(tmp_path):
     assert wrong["status"] == 400
 
 
+def test_a_name_that_is_not_utf_8():
+    """The name of a model is that of its path, and such paths exist."""
+    name = os.fsdecode(b"caf\xe9")
+    with serving("--served-model-name", name) as server:
+        whole = server.chat(max_tokens=2)
+        stream = server.chat(max_tokens=2, stream=True)
+        first, *_, end, _ = stream.text.split("\n\n")
+        assert end == "data: [DONE]"
+        assert json.loads(first.removeprefix("data: "))["model"] == whole.json()["model"] == name
+
+
 def test_a_warning_where_everyone_may_come_in():
     with serving("--host", "0.0.0.0") as server:
         assert server.http.get("/health").is_success

@@ -74,6 +74,10 @@ CONSTRAINTS = {
     "guided_choice": ({"guided_choice": ["a (b", 'c"\n', "é"]}, 'a \\(b|c"\n|é'),
     "guided_grammar": ({"guided_grammar": 'start: "a" b+\nb: "x" | "y!"'}, "a(x|y!)+"),
     "json": ({"structured_outputs": {"json": PERSON}}, None),
+    "nulls": (
+        {"structured_outputs": {"json": None, "json_object": None, "regex": "[ab]{3}"}},
+        "[ab]{3}",
+    ),
     "json_object": (
         {"structured_outputs": {"json_object": False, "regex": "[ab]{3}"}},
         "[ab]{3}",

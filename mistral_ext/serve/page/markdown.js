@@ -18,10 +18,14 @@ const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const QUOTE = /^ {0,3}> ?/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)+\|?\s*$/;
 
-function blocks(lines) {
+// Quotes and lists inside each other are shown as text from this depth on. A model that repeats ">"
+// would else exhaust the stack of the browser.
+const DEEPEST = 16;
+
+function blocks(lines, depth = 0) {
   const made = [];
   for (let i = 0; i < lines.length; ) {
-    const [block, next] = blockAt(lines, i);
+    const [block, next] = blockAt(lines, i, depth);
     if (block) made.push(block);
     i = next;
   }
@@ -29,7 +33,7 @@ function blocks(lines) {
 }
 
 /** Returns the block that begins at line i (null: the line is empty), and the next line's index. */
-function blockAt(lines, i) {
+function blockAt(lines, i, depth) {
   const line = lines[i];
   if (!line.trim()) return [null, i + 1];
   if (FENCE.test(line)) return codeAt(lines, i);
@@ -39,12 +43,12 @@ function blockAt(lines, i) {
     return [make(`h${Math.min(heading[1].length + 2, 6)}`, ...inline(heading[2])), i + 1];
   }
   if (RULE.test(line)) return [make("hr"), i + 1];
-  if (QUOTE.test(line)) {
+  if (QUOTE.test(line) && depth < DEEPEST) {
     const end = runEnd(lines, i, (l) => QUOTE.test(l));
     const inner = lines.slice(i, end).map((l) => l.replace(QUOTE, ""));
-    return [make("blockquote", ...blocks(inner)), end];
+    return [make("blockquote", ...blocks(inner, depth + 1)), end];
   }
-  if (ITEM.test(line)) return listAt(lines, i);
+  if (ITEM.test(line) && depth < DEEPEST) return listAt(lines, i, depth);
   if (line.includes("|") && TABLE_RULE.test(lines[i + 1] ?? "")) return tableAt(lines, i);
   const end = runEnd(lines, i + 1, (l) => l.trim() && !beginsBlock(l));
   return [make("p", ...inline(lines.slice(i, end).join("\n"))), end];
@@ -73,7 +77,7 @@ function codeAt(lines, i) {
   return [block, end + 1];
 }
 
-function listAt(lines, i) {
+function listAt(lines, i, depth) {
   const [, indent, mark] = ITEM.exec(lines[i]);
   const isOrdered = /\d/.test(mark);
   const list = make(isOrdered ? "ol" : "ul");
@@ -85,7 +89,7 @@ function listAt(lines, i) {
     let end = runEnd(lines, i + 1, deeper);
     while (!lines[end - 1].trim()) end--;
     const inner = lines.slice(i + 1, end).map((l) => l.slice(Math.min(leading(l), indent.length + 2)));
-    list.append(make("li", ...inline(item[3]), ...blocks(inner)));
+    list.append(make("li", ...inline(item[3]), ...blocks(inner, depth + 1)));
     i = runEnd(lines, end, (l) => !l.trim());
     if (i > end && !ITEM.test(lines[i] ?? "")) break;
   }
