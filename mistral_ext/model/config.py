@@ -43,10 +43,15 @@ _EMBEDDING_MODELS = (["MistralModel"], ["LlamaModel"])
 # n_heads.
 _LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
+# The kinds of attention that `layer_types` may name.
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
 # Keys of params.json that have the name of the field. They have no default.
 _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
-# params.json does not contain these values. They are the same in all three releases of the 7B.
+# params.json of the 7B does not contain these values. They are the same in all three releases.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
+# Newer files have the number of positions under one of these keys.
+_PARAMS_POSITIONS = ("max_position_embeddings", "max_seq_len")
 
 # The names under which weights of a layer may be joined to one matrix, to multiply them in one
 # pass. {} stands for the index of the layer.
@@ -205,6 +210,10 @@ class MistralConfig:
                 f"layer_types is {values['layer_types']!r}, expected the same kind of attention in "
                 "every layer"
             )
+        if not layer_types <= set(_LAYER_TYPES):
+            raise ValueError(
+                f"layer_types has {min(layer_types)!r}, expected {' or '.join(_LAYER_TYPES)}"
+            )
 
         fields: dict[str, Any] = {}
         for name, (key, default) in _HF_KEYS.items():
@@ -249,16 +258,30 @@ class MistralConfig:
         """Makes the configuration from the values of Mistral's ``params.json``.
 
         Without a ``rope_theta``, as in the first release, theta is 1e4 if there is a window, else
-        1e6. Some files call the window ``_sliding_window``. The file has no number of positions and
-        no token ids, so those of the 7B releases are taken.
+        1e6. Some files call the window ``_sliding_window``. If the file has no number of positions,
+        that of the 7B releases is taken. It never has token ids, so those of the 7B are taken.
 
         Args, Raises: as in :meth:`from_hf`.
         """
         _refuse_unless(values, "model_type", "transformer", default="transformer")
-        _refuse_if_set(values, "moe", "quantization", "vision_encoder", "yarn", "use_biases")
+        if values.get("causal") is False:
+            raise ValueError("causal is False, expected True: it is not supported")
+        _refuse_if_set(
+            values,
+            "moe",
+            "quantization",
+            "vision_encoder",
+            "yarn",
+            "llama_4_scaling",
+            "use_biases",
+        )
 
         fields = {key: values[key] for key in _PARAMS_KEYS if key in values}
         fields |= _PARAMS_DEFAULTS
+        stated = (values.get(key) for key in _PARAMS_POSITIONS)
+        positions = next((number for number in stated if number is not None), None)
+        if positions is not None:
+            fields["max_positions"] = positions
         fields["head_dim"] = values.get("head_dim")
         window = values.get("sliding_window")
         window = values.get("_sliding_window") if window is None else window

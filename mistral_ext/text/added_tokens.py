@@ -9,6 +9,7 @@ between them.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -37,6 +38,7 @@ _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Tokens such as <|im_start|>. Many files do not mark them special, although they end turns.
 _CONTROL_SHAPE = re.compile(r"<\|[^\s|]+\|>")
 _WHITE_SPACE = re.compile(r"\s+")
+_JOINERS = "\u200c\u200d"  # invisible characters inside a word
 
 
 def has_control_shape(content: str) -> bool:
@@ -249,4 +251,11 @@ def _longest_of(words: list[str]) -> str:
 
 
 def _inside_word(text: str, begin: int, end: int) -> bool:
-    return any(re.match(r"\w", text[i : i + 1]) for i in (begin - 1, end) if i >= 0)
+    return any(_is_word_character(text[i]) for i in (begin - 1, end) if 0 <= i < len(text))
+
+
+def _is_word_character(character: str) -> bool:
+    """Whether a character is part of a word for the library `tokenizers`: letters, marks such as
+    accents, digits, and joiners. (The `\\w` of Python's `re` has fractions, too, but no marks.)"""
+    category = unicodedata.category(character)
+    return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in _JOINERS

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
         header = f.read(header_size)
     try:
         entries = _parse_header(header)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: damaged safetensors header: {error!r}") from error
 
     for name, dtype_name, shape, begin, end in entries:
@@ -96,12 +97,17 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
     entries = []
     for name, entry in json.loads(header).items():
         if name != "__metadata__":
-            begin, end = map(int, entry["data_offsets"])
-            shape = tuple(map(int, entry["shape"]))
-            entries.append((name, str(entry["dtype"]), shape, begin, end))
-            if not 0 <= begin <= end or min(shape, default=0) < 0:
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            sizes = (begin, end, *shape)
+            if not all(type(size) is int and size >= 0 for size in sizes) or begin > end:
                 raise ValueError(f"tensor {name!r} has impossible entry {entry}")
-    return sorted(entries, key=lambda entry: entry[-2:])
+            entries.append((name, str(entry["dtype"]), shape, begin, end))
+    entries.sort(key=lambda entry: entry[-2:])
+    for (name, *_, end), (other, *_, begin, _) in pairwise(entries):
+        if begin < end:
+            raise ValueError(f"tensors {name!r} and {other!r} share bytes {begin} to {end}")
+    return entries
 
 
 def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:

@@ -49,10 +49,15 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} holds a {type(tensors).__name__}, expected a dict of tensors")
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{file} holds a tensor under {name!r:.60}, expected names of tensors")
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"{file} holds a {type(tensor).__name__} as {name!r}, expected a dict of tensors"
             )
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise ValueError(f"tensor {name!r} in {file} is {kind}, expected its values")
         shape = tuple(tensor.shape)
         yield StoredTensor(name, file, tensor.dtype, shape, tensor.nbytes, tensor.contiguous)
 

@@ -150,6 +150,20 @@ def test_params_window_decides_a_missing_theta(change, window, theta):
     assert (config.sliding_window, config.rope_theta) == (window, theta)
 
 
+@pytest.mark.parametrize(
+    ("change", "positions"),
+    [
+        ({}, 32768),
+        ({"max_position_embeddings": 131072}, 131072),
+        ({"max_seq_len": 4096}, 4096),
+        ({"max_position_embeddings": None, "max_seq_len": 4096}, 4096),
+        ({"max_position_embeddings": 8192, "max_seq_len": 4096}, 8192),
+    ],
+)
+def test_params_positions(change, positions):
+    assert MistralConfig.from_params(PARAMS_V1 | change).max_positions == positions
+
+
 def test_overrides_win_over_the_file(tmp_path):
     write(tmp_path, config=HF_V1)
     config = read_folder(tmp_path, sliding_window=None, rope_theta=1e6, eos_ids=[2, 3]).config
@@ -237,6 +251,7 @@ def test_unknown_override_lists_the_fields():
         ({"rope_parameters": 3}, "rope_parameters is 3, expected an object"),
         ({"rope_theta": 0}, "rope_theta is 0, expected a positive number"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .* same kind"),
+        ({"layer_types": ["chunked_attention"] * 32}, "layer_types has 'chunked_attention', exp"),
         ({"sliding_window": 0}, "sliding_window is 0, expected a positive integer"),
         ({"sliding_window": -1}, "sliding_window is -1, expected a positive integer"),
         ({"sliding_window": True}, "sliding_window is True, expected a positive integer"),
@@ -267,6 +282,8 @@ def test_hf_refused(tmp_path, change, message):
         (PARAMS_V1 | {"moe": {"num_experts": 8}}, "moe is .*, expected none"),
         (PARAMS_V1 | {"yarn": {"factor": 4}}, "yarn is .*, expected none"),
         (PARAMS_V1 | {"model_type": "mamba"}, "model_type is 'mamba', expected 'transformer'"),
+        (PARAMS_V1 | {"causal": False}, "causal is False, expected True"),
+        (PARAMS_V1 | {"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling is .*, expected none"),
         (PARAMS_V1 | {"sliding_window": [4096, 8192]}, r"sliding_window is \[4096, 8192\], exp"),
         (PARAMS_V1 | {"vocab_size": -1}, "vocab_size is -1, expected a positive integer"),
         (without(PARAMS_V1, "n_kv_heads", "vocab_size"), "missing vocab_size, n_kv_heads"),

@@ -38,6 +38,7 @@ TEXTS = [
     "<tool_call>\n x <tool_call><tool_call>  z",
     "two<tool_call>s",
     "a zingle b prezingle zingled zingle",
+    "zingle\u0301 zingle½ ²zingle zingle٣ zingle‿ Ⅷzingle zingle\u200d zingle\u200b नzingle",
     "a  <L>  b  <R>  c",
     "<R>\n\n<L>",
     "Grüße<tool_call>日本語</tool_call>👋🏽",

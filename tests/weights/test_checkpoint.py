@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import sys
@@ -441,10 +442,13 @@ def test_truncated_header(tmp_path, hf_model, size):
         {"shape": [64, 49]},
         {"shape": ["x"]},
         {"shape": [-64, -48]},
+        {"shape": [64.5, 48]},
+        {"shape": "64"},
         {"data_offsets": [8, 4]},
         {"data_offsets": [-12288, 0]},
         {"data_offsets": None},
         {"data_offsets": [0]},
+        {"data_offsets": [0, math.inf]},
     ],
 )
 def test_damaged_header_entry(tmp_path, hf_model, change):
@@ -456,7 +460,21 @@ def test_damaged_header_entry(tmp_path, hf_model, change):
     assert str(file) in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"{", b"[]", b'{"a": 1}', b"\xff\xff"])
+def test_tensors_that_share_bytes(tmp_path, hf_model):
+    write_hf_single(tmp_path, hf_model)
+    file = tmp_path / "model.safetensors"
+    header, data = split_safetensors(file)
+    other = Q0.replace("layers.0", "layers.1")
+    header[other]["data_offsets"] = header[Q0]["data_offsets"]
+    join_safetensors(file, header, data)
+    message = refusal(tmp_path)
+    assert str(file) in message
+    assert f"{Q0!r} and {other!r} share bytes" in message
+
+
+@pytest.mark.parametrize(
+    "header", [b"{", b"[]", b'{"a": 1}', b"\xff\xff", b"[" * 100_000], ids=range(5)
+)
 def test_damaged_header(tmp_path, header):
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -496,10 +514,24 @@ def test_torch_file_runs_no_code(tmp_path, monkeypatch, zipped):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [[torch.ones(3)], {"model": {"a": torch.ones(3)}}])
+@pytest.mark.parametrize(
+    "content", [[torch.ones(3)], {"model": {"a": torch.ones(3)}}, {5: torch.ones(3)}]
+)
 def test_torch_file_of_another_structure(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
-    assert "expected a dict of tensors" in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert str(tmp_path / "pytorch_model.bin") in message
+    assert "expected a dict of tensors" in message or "expected names of tensors" in message
+
+
+@pytest.mark.parametrize("kind", ["sparse_coo", "meta"])
+def test_torch_file_of_tensors_without_plain_values(tmp_path, hf_weights, kind):
+    tensor = hf_weights["lm_head.weight"]
+    changed = tensor.to_sparse() if kind == "sparse_coo" else tensor.to("meta")
+    torch.save({**hf_weights, "lm_head.weight": changed}, tmp_path / "pytorch_model.bin")
+    message = refusal(tmp_path)
+    assert "'lm_head.weight'" in message
+    assert f"is {kind}, expected its values" in message
 
 
 def test_model_parallel_parts(tmp_path, hf_model):
