@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from mistral_ext.cli import options
 from mistral_ext.cli.input import stdin
 from mistral_ext.cli.options import load_adapted_model
 from mistral_ext.cli.output import report
+from mistral_ext.cli.start import importing
 from mistral_ext.engine.params import SamplingParams
 
 
@@ -38,10 +40,17 @@ def run(args: argparse.Namespace) -> int:
     SamplingParams.from_options(sampling)
     interactive = stdin().isatty()
     llm, adapter = load_adapted_model(args, draft_model=args.draft_model)
-    chat = llm.start_chat(args.system, args.template, safe_prompt=args.safe_prompt, adapter=adapter)
+    with importing():
+        chat = llm.start_chat(
+            args.system, args.template, safe_prompt=args.safe_prompt, adapter=adapter
+        )
     if interactive:
         import readline  # noqa: F401  line editing and history for input()
 
+        # Imports what the first message needs, because Ctrl-C during its reply must only stop the
+        # reply. A template that refuses this message says so of the user's first message, too.
+        with importing(), contextlib.suppress(ValueError):
+            llm.encode_chat([{"role": "user", "content": "Hello"}], template=args.template)
         print("Ctrl-C stops a reply, Ctrl-D ends the conversation.", file=sys.stderr)
     while True:
         try:

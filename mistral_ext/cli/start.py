@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mistral_ext.cli.threads import default_threads
 
@@ -32,5 +34,20 @@ def start(args: argparse.Namespace) -> None:
     import mistral_ext.llm  # noqa: F401
 
     torch.set_num_threads(args.threads or default_threads(torch.get_num_threads()))
+    _interrupt_on_ctrl_c()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Makes Ctrl-C end this process at once, as `end_on_ctrl_c` does, for imports that only some
+    commands need."""
+    end_on_ctrl_c()
+    try:
+        yield
+    finally:
+        _interrupt_on_ctrl_c()
+
+
+def _interrupt_on_ctrl_c() -> None:
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)

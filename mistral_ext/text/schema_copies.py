@@ -23,7 +23,7 @@ _NOTES = (
 )
 # Formats that any text has. Pydantic and OpenAPI write them. JSON Schema does not know them, and
 # llguidance refuses unknown formats.
-_FREE_FORMATS = ("binary", "password", "path")
+_FREE_FORMATS = ("binary", "password", "path", "file-path", "directory-path")
 
 # The included bound (or its negative) that replaces an excluded bound of 0. The least float would
 # be closer to 0, but it has 324 digits, so its grammar would be too large.
@@ -32,15 +32,23 @@ _FROM_ZERO = 1e-16
 
 def without_notes(schema: Any) -> Any:
     """Returns a copy of a schema that permits the same values, without descriptions and the like.
-    It is smaller, and has no formats that say nothing about a text."""
+    It is smaller, and has no formats and rules that limit nothing."""
     if not isinstance(schema, dict):
         return schema
     copy = _with_inner(schema, without_notes)
-    return {
-        key: value
-        for key, value in copy.items()
-        if not (key in _NOTES or (key == "format" and value in _FREE_FORMATS))
-    }
+    return {key: value for key, value in copy.items() if not _permits_all(key, value)}
+
+
+def _permits_all(key: str, value: Any) -> bool:
+    """Whether a keyword with this value forbids nothing. llguidance refuses some keywords even
+    then, and other programs write them: zod gives each record `propertyNames`."""
+    if key == "format":
+        return value in _FREE_FORMATS
+    if key == "uniqueItems":
+        return value is False
+    if key == "propertyNames":  # each name is a string
+        return value is True or value in ({}, {"type": "string"})
+    return key in _NOTES
 
 
 def inclusive(schema: Any) -> Any:

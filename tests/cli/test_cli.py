@@ -577,3 +577,28 @@ def test_chat_at_a_terminal(instruct):
         os.write(controller, b"\x04")
         assert process.wait() == 0
     os.close(controller)
+
+
+def test_chat_at_a_terminal_imports_before_the_first_message(instruct):
+    """Ctrl-C in an import may become another error, which would end the conversation."""
+    script = """
+import builtins, signal, sys
+import mistral_ext.cli.chat as chat
+from mistral_ext.cli import main
+
+class Terminal:
+    isatty = lambda self: True
+
+def ask(prompt):
+    handler = signal.getsignal(signal.SIGINT)
+    print("mistral_common.protocol.instruct.request" in sys.modules)
+    print(handler is signal.default_int_handler)
+    raise EOFError
+
+chat.stdin, builtins.input = Terminal, ask
+main(["chat", "--model", sys.argv[1], "--template", "v1"])
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script, instruct], capture_output=True, text=True, timeout=120
+    )
+    assert process.stdout == "True\nTrue\n", process.stderr

@@ -122,9 +122,29 @@ def test_notes_are_left_out():
 
 
 def test_formats_that_any_text_has_are_left_out():
-    for name in ("path", "password", "binary"):
+    for name in ("path", "password", "binary", "file-path", "directory-path"):
         assert without_notes({"anyOf": [{**TEXT, "format": name}]}) == {"anyOf": [TEXT]}
     for schema in ({"format": "uri"}, {"format": 5}, {"format": ["path"]}, True, 3):
+        assert without_notes(schema) == schema
+
+
+def test_rules_that_forbid_nothing_are_left_out():
+    for rule in (
+        {"uniqueItems": False},
+        {"propertyNames": True},
+        {"propertyNames": {}},
+        {"propertyNames": {"type": "string", "title": "Name"}},
+    ):
+        assert without_notes({"items": {"type": "object", **rule}}) == {"items": {"type": "object"}}
+    names = {"uniqueItems": TEXT, "propertyNames": TEXT}
+    for schema in (
+        {"uniqueItems": True},
+        {"uniqueItems": 0},
+        {"propertyNames": False},
+        {"propertyNames": 1},
+        {"propertyNames": {"type": "string", "minLength": 1}},
+        {"properties": names},
+    ):
         assert without_notes(schema) == schema
 
 
