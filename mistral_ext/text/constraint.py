@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_ext.text.schema_copies import closed, inclusive, without_notes
+from mistral_ext.text.schema_copies import closed, in_known_keywords, inclusive, without_notes
 
 MOST_BYTES = 2**16  # the most bytes of a schema, regular expression or grammar
 MOST_LEVELS = 64  # the most levels of brackets in such a text, because its parsers recurse
@@ -77,11 +77,11 @@ def schema_text(schema: object) -> str:
 
 
 def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds options for llguidance to a schema, leaves out notes, and makes bounds inclusive. The
-    options replace any that the schema came with ("x-guidance"), because those could make the check
-    less strict."""
+    """Adds options for llguidance to a schema, leaves out notes, replaces keywords that llguidance
+    refuses, and makes bounds inclusive. The options replace any that the schema came with
+    ("x-guidance"), because those could make the check less strict."""
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
-    return {**inclusive(without_notes(schema)), "x-guidance": options}
+    return {**inclusive(in_known_keywords(without_notes(schema))), "x-guidance": options}
 
 
 def _levels(text: str) -> int:

@@ -1,7 +1,8 @@
 """Makes changed copies of JSON schemas, before llguidance compiles them to grammars.
 
 `closed` forbids properties that a schema does not list. `without_notes` leaves out what does not
-limit values. `inclusive` works around a fault of llguidance.
+limit values. `in_known_keywords` says some rules in keywords that llguidance knows. `inclusive`
+works around a fault of llguidance.
 """
 
 from __future__ import annotations
@@ -24,6 +25,16 @@ _NOTES = (
 # Formats that any text has. Pydantic and OpenAPI write them. JSON Schema does not know them, and
 # llguidance refuses unknown formats.
 _FREE_FORMATS = ("binary", "password", "path", "file-path", "directory-path")
+
+# Formats of pydantic and OpenAPI that a pattern describes.
+_HEX = "[0-9a-fA-F]"
+_UUID = f"^{_HEX}{{8}}-{_HEX}{{4}}-%d{_HEX}{{3}}-[89abAB]{_HEX}{{3}}-{_HEX}{{12}}$"
+_BASE64 = "^([%s]{4})*([%s]{2}==|[%s]{3}=)?$"
+_PATTERNS = {
+    **{f"uuid{version}": _UUID % version for version in range(1, 9)},
+    **dict.fromkeys(("base64", "byte"), _BASE64 % (("A-Za-z0-9+/",) * 3)),
+    "base64url": _BASE64 % (("A-Za-z0-9_-",) * 3),
+}
 
 # The included bound (or its negative) that replaces an excluded bound of 0. The least float would
 # be closer to 0, but it has 324 digits, so its grammar would be too large.
@@ -49,6 +60,55 @@ def _permits_all(key: str, value: Any) -> bool:
     if key == "propertyNames":  # each name is a string
         return value is True or value in ({}, {"type": "string"})
     return key in _NOTES
+
+
+def in_known_keywords(schema: Any) -> Any:
+    """Returns a copy of a schema that permits the same values, with other keywords in place of some
+    that llguidance refuses: patterns for formats, and a list of properties for `propertyNames` with
+    names to choose from, as pydantic writes a dict whose keys are literals or an Enum."""
+
+    def change(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        copy = _with_inner(part, change)
+        pattern = _PATTERNS.get(str(copy.get("format")))
+        if pattern and "pattern" not in copy:
+            del copy["format"]
+            copy["pattern"] = pattern
+        _list_names(copy, schema)
+        return copy
+
+    return change(schema)
+
+
+def _list_names(schema: dict[str, Any], root: Any) -> None:
+    """Replaces `propertyNames` if it gives the names to choose from."""
+    rule = _dict_in(schema, "propertyNames")
+    rule = _target(root, rule["$ref"]) if set(rule) == {"$ref"} else rule
+    names = rule.get("enum") if isinstance(rule, dict) and set(rule) <= {"enum", "type"} else None
+    if not isinstance(names, list) or "patternProperties" in schema:
+        return
+    listed, others = _dict_in(schema, "properties"), schema.get("additionalProperties", True)
+    names = [name for name in names if isinstance(name, str)]
+    if set(listed) <= set(names):
+        del schema["propertyNames"]
+        more = {name: others for name in names if name not in listed and others is not False}
+        schema["properties"] = {**listed, **more}
+        schema["additionalProperties"] = False
+
+
+def _target(root: Any, reference: Any) -> Any:
+    """The schema inside of `root` to which a $ref points, or None."""
+    if not isinstance(reference, str) or (reference != "#" and reference[:2] != "#/"):
+        return None
+    found = root
+    for name in unquote(reference[1:]).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def inclusive(schema: Any) -> Any:
@@ -139,7 +199,7 @@ class _Closing:
         if not isinstance(schema, dict):
             return schema
         copy = _with_inner(schema, self._copy, self._open_copy)
-        target = self._target(schema.get("$ref"))
+        target = _target(self._root, schema.get("$ref"))
         if isinstance(target, dict) and self._lists_some(target):
             copy["$ref"] = f"#/$defs/{self._name_of_open(target)}"
         return copy
@@ -174,21 +234,8 @@ class _Closing:
             yield [part]
         for key in _ALTERNATIVES:
             yield _dicts_in(schema, key)
-        target = self._target(schema.get("$ref"))
+        target = _target(self._root, schema.get("$ref"))
         yield [target] if isinstance(target, dict) else []
-
-    def _target(self, reference: Any) -> Any:
-        """The schema inside of `root` to which a $ref points, or None."""
-        if not isinstance(reference, str) or (reference != "#" and reference[:2] != "#/"):
-            return None
-        found = self._root
-        for name in unquote(reference[1:]).split("/")[1:]:
-            name = name.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            else:
-                found = found.get(name) if isinstance(found, dict) else None
-        return found
 
     def _names(self, schema: Mapping[str, Any], seen: set[int]) -> dict[str, None] | None:
         """The names of the properties that the parts of a schema list, in their order. None: a part

@@ -218,6 +218,20 @@ def test_a_schema_that_contains_itself():
         schema_text(schema)
 
 
+def test_what_pydantic_writes_for_dicts_and_formats(v3):
+    """Keywords that llguidance itself refuses."""
+    names = {"title": "Color", "enum": ["red", "blue"], "type": "string"}
+    schema = {
+        "$defs": {"Color": names},
+        "propertyNames": {"$ref": "#/$defs/Color"},
+        "additionalProperties": {"type": "string", "format": "uuid4"},
+    }
+    grammar = GrammarCompiler(v3).compile(Constraint("schema", json.dumps(schema)))
+    assert may_be(grammar, v3, '{"red": "12345678-1234-4321-9234-123456789abc"}')
+    assert not may_be(grammar, v3, '{"red": "12345678-1234-1321-9234-123456789abc"}')
+    assert not may_be(grammar, v3, '{"green": "12345678-1234-4321-9234-123456789abc"}')
+
+
 def test_order_of_properties_is_that_of_the_schema():
     assert schema_text({"b": 1, "a": {"d": 1, "c": "é"}}) == '{"b": 1, "a": {"d": 1, "c": "é"}}'
 

@@ -1,10 +1,13 @@
 """Closed schemas permit what the schema permits, without properties that it does not list. Schemas
-without notes permit the same values. Schemas with inclusive bounds permit no other values."""
+without notes permit the same values, and so do schemas in known keywords. Schemas with inclusive
+bounds permit no other values."""
+
+import uuid
 
 import pytest
 from jsonschema import Draft202012Validator
 
-from mistral_ext.text.schema_copies import closed, inclusive, without_notes
+from mistral_ext.text.schema_copies import closed, in_known_keywords, inclusive, without_notes
 
 
 def listing(**properties):
@@ -126,6 +129,56 @@ def test_formats_that_any_text_has_are_left_out():
         assert without_notes({"anyOf": [{**TEXT, "format": name}]}) == {"anyOf": [TEXT]}
     for schema in ({"format": "uri"}, {"format": 5}, {"format": ["path"]}, True, 3):
         assert without_notes(schema) == schema
+
+
+def test_formats_become_patterns():
+    formats = {
+        "uuid4": (str(uuid.uuid4()), str(uuid.uuid1())),
+        "uuid1": (str(uuid.uuid1()).upper(), str(uuid.uuid4())),
+        "base64": ("aGk/", "aGk_"),
+        "byte": ("", "aGk"),
+        "base64url": ("aGk_aA==", "aGk/"),
+    }
+    for name, (right, wrong) in formats.items():
+        schema = {"items": {**TEXT, "format": name}}
+        valid = Draft202012Validator(in_known_keywords(schema)).is_valid
+        assert valid([right]), name
+        assert not valid([wrong]), name
+    for schema in ({"format": "uri"}, {"format": ["byte"]}, {"format": "byte", "pattern": "a"}):
+        assert in_known_keywords(schema) == schema
+
+
+NAMES = {"enum": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"propertyNames": NAMES, "additionalProperties": TEXT},
+        {"propertyNames": NAMES},
+        {"propertyNames": {"type": "string", **NAMES}, **A, "required": ["a"]},
+        {"propertyNames": NAMES, **A, "additionalProperties": False},
+        {"propertyNames": refer("N"), "additionalProperties": TEXT, "$defs": {"N": NAMES}},
+        {"propertyNames": {"enum": ["a", 5]}},
+    ],
+)
+def test_names_to_choose_from_become_properties(schema):
+    copy = in_known_keywords(schema)
+    assert "propertyNames" not in copy
+    for value in ({}, {"a": "x"}, {"b": "x"}, {"a": 1}, {"c": "x"}, {"a": "x", "b": "x"}):
+        expected = Draft202012Validator(schema).is_valid(value)
+        assert Draft202012Validator(copy).is_valid(value) == expected, value
+
+
+def test_other_names_stay():
+    for schema in (
+        {"propertyNames": {"maxLength": 3}},
+        {"propertyNames": {**NAMES, "maxLength": 3}},
+        {"propertyNames": NAMES, "patternProperties": {"a": TEXT}},
+        {"propertyNames": NAMES, **listing(c=TEXT)},
+        {"propertyNames": {"$ref": "#/missing"}},
+    ):
+        assert in_known_keywords(schema) == schema
 
 
 def test_rules_that_forbid_nothing_are_left_out():
