@@ -344,6 +344,21 @@ def test_a_short_prompt_gets_what_it_gets_alone(isa, quantize):
     assert completions == alone(model, *requests)
 
 
+@pytest.mark.parametrize("reports", ["prompt_logits", "hidden"])
+def test_a_prompt_beside_a_text_with_results_gets_what_it_gets_alone(isa, reports):
+    """Though the text needs more tokens of the last layer than products of few tokens take."""
+    model = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16, quantize="int4").model
+    asked = request(prompt(12), 3)
+    text = Request(prompt(20, 1), None, max_length=20, **{reports: True})
+    for requests in ([asked, text], [text, asked]):
+        engine, found = engine_of(model), []
+        for r in requests:
+            engine.add(r)
+        while engine.has_work:
+            found += [o.completion for o in engine.step() if o.completion]
+        assert [content(completion) for completion in found] == alone(model, asked)
+
+
 def test_a_short_text_has_the_logits_that_it_has_alone(isa):
     model = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16, quantize="int4").model
     lengths = (40, 6, 20)
