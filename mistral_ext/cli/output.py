@@ -37,8 +37,6 @@ def _print_logprobs(llm: Mistral, logprobs: list[TokenLogprob]) -> None:
     tokenizer = llm.require_tokenizer()
 
     def show(token_id: int, logprob: float) -> str:
-        if not tokenizer.known(token_id):  # the model may have more ids than the tokenizer
-            return f"<{token_id}> {logprob:.3f}"
         text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         return f"{text!r} {logprob:.3f}"
 
