@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -207,6 +207,13 @@ class Mistral(RequestMaker):
         for name, adapter in read.items():
             llm.adapters.load(name, adapter, ())
         return llm
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        # The engine has a thread's locks and the model's cache, which a copy cannot share.
+        raise TypeError(
+            "a Mistral cannot be pickled or copied, expected its path: load the model again with "
+            f"Mistral.from_pretrained({str(self.vocabulary.folder)!r})"
+        )
 
     @property
     def engine(self) -> Engine:
