@@ -79,8 +79,7 @@ struct SampleParams {
   int64_t stride_logits_row;
 };
 
-constexpr int32_t kInPrompt = 1;
-constexpr int32_t kChosenOnce = 2;
+constexpr int32_t kChosenOnce = 2;  // in `history`
 
 namespace cpu {
 void sample(const SampleParams& p, int threads);

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +41,18 @@ def write_png(path: Path, figure: Figure) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """Writes a file. After an error, an older file at the path is unchanged. If the path is a link,
-    its target is written. A device such as /dev/null, or a pipe, is written and stays."""
+    its target is written. A device such as /dev/null, or a pipe, is written and stays. So is what a
+    descriptor of this process leads to, as in /dev/stdout: after `> FILE` the data goes to the end
+    of what was printed so far."""
+    if sys.stdout is not None:  # None: it is closed
+        sys.stdout.flush()  # if the path is stdout, what was printed before comes before the data
     if path.exists() and not path.is_file():
         path.write_bytes(data)
+        return
+    descriptor = _descriptor(path)
+    if descriptor is not None:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            file.write(data)
         return
     path = path.resolve()
     part = path.with_name(f"{path.name}.part")
@@ -51,6 +62,18 @@ def _write(path: Path, data: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _descriptor(path: Path) -> int | None:
+    """Returns the descriptor of this process that a path is or links to, or None. /dev/stdout and
+    /dev/fd/1 are links to /proc/self/fd/1, which Linux shows as a link to the open file."""
+    folder = path.parent.resolve()
+    while path.exists() and path.is_symlink():
+        if folder == Path("/proc/self/fd").resolve():
+            return int(path.name)
+        path = folder / path.readlink()
+        folder = path.parent.resolve()
+    return None
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device, is_same_device
 from mistral_ext.weights.folder import ModelFolder, read_folder
 from mistral_ext.weights.generation_config import generation_config_file, sampling_defaults
-from mistral_ext.weights.hub import DEMO_MODEL, resolve
+from mistral_ext.weights.hub import DEMO_MODEL as DEMO_MODEL  # for the callers of this module
+from mistral_ext.weights.hub import resolve
 
 DEFAULT_MAX_BATCH = 8
 
@@ -62,8 +63,7 @@ def generate(
     Returns:
         The text of the completion. For a list of prompts, or with n > 1, a list of texts.
     """
-    model = DEMO_MODEL if model is None else model
-    llm = model if isinstance(model, Mistral) else _load(str(model))
+    llm = model if isinstance(model, Mistral) else _load(None if model is None else str(model))
     llm.require_tokenizer()
     texts = [
         completion.text or "" for completion in llm.generate(prompt, special_tokens, **sampling)
@@ -72,7 +72,7 @@ def generate(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model: str) -> Mistral:
+def _load(model: str | None) -> Mistral:
     return Mistral.from_pretrained(model)
 
 
@@ -141,7 +141,7 @@ class Mistral(RequestMaker):
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path,
+        model: str | Path | None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         prefill_chunk: int = 512,
@@ -163,7 +163,7 @@ class Mistral(RequestMaker):
 
         Args:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
-                "OWNER/NAME:FILE.gguf".
+                "OWNER/NAME:FILE.gguf". None: the demo model.
             device: "cpu", "cuda", "cuda:1" or a `torch.device`. A number: the CUDA device with this
                 number. None: the CPU.
             dtype: float32, bfloat16 or float16. None: the dtype in which the weights are stored.
@@ -207,6 +207,13 @@ class Mistral(RequestMaker):
         for name, adapter in read.items():
             llm.adapters.load(name, adapter, ())
         return llm
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        # The engine has a thread's locks and the model's cache, which a copy cannot share.
+        raise TypeError(
+            "a Mistral cannot be pickled or copied, expected its path: load the model again with "
+            f"Mistral.from_pretrained({str(self.vocabulary.folder)!r})"
+        )
 
     @property
     def engine(self) -> Engine:

@@ -48,12 +48,12 @@ def random_integers(
     act_order: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Integers:
-    """Whose weights are of a likely size. All zero points from 1 to 15 occur."""
+    """Whose weights are of a likely size. All zero points from 0 to 15 occur."""
     random = np.random.default_rng(seed)
     count = columns // group
     middle = 2 ** (bits - 1)
     groups = np.arange(columns) // group
-    zeros = random.integers(1, 2 * middle, (rows, count))
+    zeros = random.integers(0, 2 * middle, (rows, count))
     scales = torch.from_numpy(random.uniform(0.5, 1.5, (rows, count)) / (8 * middle))
     return Integers(
         random.integers(0, 2 * middle, (rows, columns)),
@@ -79,6 +79,8 @@ def along_rows(values: np.ndarray, bits: int, order: tuple[int, ...] | None = No
 
 
 def gptq_tensors(matrix: Integers, bits: int = 4, first_version: bool = True) -> dict[str, Tensor]:
+    # GPTQModel subtracts 1 from each zero point of a word in one subtraction, as `words` does: the
+    # 0 of one zero point becomes 15, and borrows 1 from the next.
     stored_zeros = matrix.zeros - (1 if first_version else 0)
     return {
         "qweight": along_rows(matrix.values, bits).T.contiguous(),

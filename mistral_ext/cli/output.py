@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mistral_ext.engine.params import TokenLogprob
     from mistral_ext.engine.request import Completion
     from mistral_ext.llm import Mistral
 
@@ -17,7 +18,7 @@ def report(llm: Mistral, completion: Completion | None) -> None:
         return
     print_timing(completion)
     if completion.logprobs is not None:
-        _print_logprobs(llm, completion)
+        _print_logprobs(llm, completion.logprobs)
 
 
 def print_timing(completion: Completion) -> None:
@@ -32,15 +33,13 @@ def print_timing(completion: Completion) -> None:
     print(f"{line}; {completion.finish_reason}]", file=sys.stderr)
 
 
-def _print_logprobs(llm: Mistral, completion: Completion) -> None:
+def _print_logprobs(llm: Mistral, logprobs: list[TokenLogprob]) -> None:
     tokenizer = llm.require_tokenizer()
 
     def show(token_id: int, logprob: float) -> str:
-        if not tokenizer.known(token_id):  # the model may have more ids than the tokenizer
-            return f"<{token_id}> {logprob:.3f}"
         text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         return f"{text!r} {logprob:.3f}"
 
-    for token in completion.logprobs or ():
+    for token in logprobs:
         others = "  ".join(show(i, logprob) for i, logprob in token.top.items())
         print(f"{show(token.token_id, token.logprob):24} {others}".rstrip(), file=sys.stderr)

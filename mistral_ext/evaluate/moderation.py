@@ -87,7 +87,8 @@ def _share(part: int, whole: int) -> float | None:
 
 def read_cases(path: str | Path) -> list[Case]:
     """Reads contents from a file. Each line is a JSON object with "text" or "messages". It also has
-    "category" (one of `LABELS`) or "flagged" (true or false). Messages have role and content.
+    "category" (one of `LABELS`) or "flagged" (true or false). Messages have role and content. The
+    content is text. It may be null, but not that of the last message, which is judged.
 
     Raises:
         OSError, ValueError: the file cannot be read, has no contents, or has a wrong line, which
@@ -121,6 +122,14 @@ def _case(fields: Any, place: str) -> Case:
             raise ValueError(
                 f"a message is {message!r:.60}, expected an object with role and content"
             )
+        if not isinstance(message["role"], str):
+            raise ValueError(f"the role of a message is {message['role']!r:.60}, expected text")
+        if not isinstance(message["content"], str | None):
+            raise ValueError(
+                f"the content of a message is {message['content']!r:.60}, expected text"
+            )
+    if isinstance(content, list) and not (judged := content[-1]["content"]):
+        raise ValueError(f"the content of the last message is {judged!r}, expected a text to judge")
     if isinstance(fields.get("flagged"), bool) and "category" not in fields:
         return Case(content, FLAGGED if fields["flagged"] else ACCEPTABLE, place)
     if fields.get("category") not in LABELS:

@@ -48,10 +48,10 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Keys of params.json that have the name of the field. They have no default.
 _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
-# params.json of the 7B does not contain these values. They are the same in all three releases.
+# Keys of params.json for the number of positions. The releases of the 7B have none of them.
+_PARAMS_POSITIONS = ("max_seq_len", "max_position_embeddings")
+# Values for what params.json does not say. They are the same in all three releases of the 7B.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
-# Newer files have the number of positions under one of these keys.
-_PARAMS_POSITIONS = ("max_position_embeddings", "max_seq_len")
 
 # The names under which weights of a layer may be joined to one matrix, to multiply them in one
 # pass. {} stands for the index of the layer.
@@ -258,8 +258,10 @@ class MistralConfig:
         """Makes the configuration from the values of Mistral's ``params.json``.
 
         Without a ``rope_theta``, as in the first release, theta is 1e4 if there is a window, else
-        1e6. Some files call the window ``_sliding_window``. If the file has no number of positions,
-        that of the 7B releases is taken. It never has token ids, so those of the 7B are taken.
+        1e6. Some files call the window ``_sliding_window``. The file has no token ids, and that of
+        the 7B has no number of positions, so those of the 7B releases are taken. Files of newer
+        models have the number as ``max_seq_len`` or ``max_position_embeddings``; the smaller
+        counts.
 
         Args, Raises: as in :meth:`from_hf`.
         """
@@ -278,10 +280,12 @@ class MistralConfig:
 
         fields = {key: values[key] for key in _PARAMS_KEYS if key in values}
         fields |= _PARAMS_DEFAULTS
-        stated = (values.get(key) for key in _PARAMS_POSITIONS)
-        positions = next((number for number in stated if number is not None), None)
-        if positions is not None:
-            fields["max_positions"] = positions
+        positions = {key: values[key] for key in _PARAMS_POSITIONS if values.get(key) is not None}
+        for key, value in positions.items():
+            if not _is_int(value, minimum=1):
+                raise ValueError(f"{key} is {value!r}, expected a positive integer")
+        if positions:
+            fields["max_positions"] = min(positions.values())
         fields["head_dim"] = values.get("head_dim")
         window = values.get("sliding_window")
         window = values.get("_sliding_window") if window is None else window

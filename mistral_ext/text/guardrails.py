@@ -102,7 +102,7 @@ def question(content: str | Sequence[Message], end: int | None = None) -> list[M
         end: show only this many characters at the end of the content. None: show all.
 
     Raises:
-        TypeError: the content of a message is neither text nor None.
+        TypeError: the role of a message is no text, or its content is neither text nor None.
     """
     is_text, text = isinstance(content, str), _written(content)
     what = "this text" if is_text else "the last message of this conversation"
@@ -118,10 +118,13 @@ def question(content: str | Sequence[Message], end: int | None = None) -> list[M
 
 
 def _written(content: str | Sequence[Message]) -> str:
-    """Writes out a content. Raises TypeError if a message's content is neither text nor None."""
+    """Writes out a content. Raises TypeError if a message's role is no text, or its content is
+    neither text nor None."""
     if isinstance(content, str):
         return content
     for i, message in enumerate(content):
+        if not isinstance(message.get("role"), str):
+            raise TypeError(f"role of messages[{i}] is {message.get('role')!r:.60}, expected text")
         if not isinstance(message.get("content"), str | None):
             kind = type(message["content"]).__name__
             raise TypeError(f"content of messages[{i}] is a {kind}, expected text")

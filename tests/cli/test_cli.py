@@ -3,7 +3,6 @@ and the end of a process or its streams matter. A process takes seconds to impor
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -26,7 +25,6 @@ from children import child
 import mistral_ext
 from mistral_ext import Mistral
 from mistral_ext.cli import main
-from mistral_ext.cli.output import report
 from mistral_ext.cli.parser import as_typed
 from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.weights import quantize_checkpoint
@@ -172,16 +170,6 @@ def test_logprobs_are_shown():
     process = run("generate", "--max-tokens", "3", "--logprobs", "2", "--n", "2", ONCE)
     two = process.stderr.decode().splitlines()
     assert two[1:4] == two[5:] == lines
-
-
-def test_logprobs_of_rows_without_tokens(capsys):
-    """A model may have more rows than the tokenizer has tokens."""
-    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.llm.DEMO_MODEL)
-    (completion,) = llm.generate(ONCE, max_tokens=1, logprobs=1)
-    beyond = llm.tokenizer.vocab_size + 7
-    logprobs = [mistral_ext.TokenLogprob(beyond, -0.5, {beyond: -0.5})]
-    report(llm, dataclasses.replace(completion, logprobs=logprobs))
-    assert capsys.readouterr().err.splitlines()[1].split() == [f"<{beyond}>", "-0.500"] * 2
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,10 @@ def test_files(tmp_path):
         ('{"text": "a", "category": "fine"}', "category is 'fine', expected one of acceptable"),
         ('{"messages": ["a"]}', "line 1: a message is 'a', expected an object with role"),
         ('{"messages": [{"role": "user"}]}', "expected an object with role and content"),
+        ('{"messages": [{"role": 5, "content": "a"}]}', "line 1: the role of a message is 5, exp"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "the content of a message is 5, exp"),
+        ('{"messages": [{"role": "user", "content": null}]}', "the last message is None, expected"),
+        ('{"messages": [{"role": "user", "content": ""}]}', "the last message is '', expected"),
         ('{"text": "a", "flagged": 1}', "category is None, expected one of acceptable"),
     ):
         file.write_text(line)

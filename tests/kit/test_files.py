@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -126,3 +128,25 @@ def test_a_link_and_a_pipe_are_written_and_stay(tmp_path):
     os.close(reader)
     assert pipe.is_fifo()
     assert {path.name for path in tmp_path.iterdir()} == {"link", "target", "pipe"}
+
+
+@pytest.mark.parametrize("mode", ["w", "a"])
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_stdout_is_written_where_it_leads(name, mode, tmp_path):
+    """It must not replace the file that the shell has opened, nor what is in it."""
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("descriptors have no paths here")
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old\n")
+    link.symlink_to("/dev/stdout")
+    program = (
+        "import sys; from pathlib import Path; from mistral_ext.files import write_text_file;"
+        "print('before'); write_text_file(Path(sys.argv[1]), 'data\\n'); print('after')"
+    )
+    with target.open(mode) as stdout:
+        before = target.stat().st_ino
+        path = link if name == "link" else name
+        subprocess.run([sys.executable, "-c", program, path], stdout=stdout, check=True)
+    assert target.stat().st_ino == before
+    assert target.read_text() == ("old\n" if mode == "a" else "") + "before\ndata\nafter\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "target"}

@@ -154,14 +154,22 @@ def test_params_window_decides_a_missing_theta(change, window, theta):
     ("change", "positions"),
     [
         ({}, 32768),
+        ({"max_seq_len": 8192}, 8192),
         ({"max_position_embeddings": 131072}, 131072),
-        ({"max_seq_len": 4096}, 4096),
-        ({"max_position_embeddings": None, "max_seq_len": 4096}, 4096),
-        ({"max_position_embeddings": 8192, "max_seq_len": 4096}, 8192),
+        ({"max_seq_len": 65536, "max_position_embeddings": 131072}, 65536),
+        ({"max_seq_len": None, "max_position_embeddings": 131072}, 131072),
     ],
 )
-def test_params_positions(change, positions):
+def test_params_may_say_the_number_of_positions(change, positions):
+    """vLLM reads both keys of params.json. mistral-inference reads none of them."""
     assert MistralConfig.from_params(PARAMS_V1 | change).max_positions == positions
+    assert MistralConfig.from_params(PARAMS_V1 | change, max_positions=7).max_positions == 7
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "8192", True])
+def test_wrong_number_of_positions_in_params_is_refused(wrong):
+    with pytest.raises(ValueError, match=rf"^max_seq_len is {wrong!r}, expected a positive int"):
+        MistralConfig.from_params(PARAMS_V1 | {"max_seq_len": wrong})
 
 
 def test_overrides_win_over_the_file(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import reference
 import torch
@@ -201,3 +204,11 @@ def test_a_pass_over_a_piece_of_a_prompt_wants_no_rows(quantize):
     assert first.shape == (0, llm.config.dim)
     logits = llm.model.forward(ids[60:], cache.append({ring: 50}), cache)
     torch.testing.assert_close(logits, llm.logits(ids)[60:])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_of_a_model_is_refused(copied):
+    llm = Mistral.from_pretrained(DEMO_MODEL, progress=False)
+    with pytest.raises(TypeError, match=r"pickled or copied, .*from_pretrained\('.*demo'"):
+        copied(llm)
+    assert copied(llm.model)  # without the engine it is a module like others

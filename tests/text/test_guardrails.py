@@ -65,6 +65,12 @@ def test_a_question_shows_the_end_of_what_is_too_long(text):
     assert "assistant: BAD\n" in tokenizer.decode(asked(room, [{**USER, "content": text}, reply]))
 
 
+def test_the_role_of_a_message_is_text():
+    for wrong in ({"role": 5}, {"role": None}, {}):
+        with pytest.raises(TypeError, match=r"^role of messages\[0\] is (5|None), expected text$"):
+            question([{**wrong, "content": "Hi"}])
+
+
 def test_the_content_of_a_message_is_text():
     parts = [{"type": "text", "text": "Hello"}]
     with pytest.raises(TypeError, match=r"^content of messages\[1\] is a list, expected text"):
