@@ -39,8 +39,7 @@ from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device, is_same_device
 from mistral_ext.weights.folder import ModelFolder, read_folder
 from mistral_ext.weights.generation_config import generation_config_file, sampling_defaults
-from mistral_ext.weights.hub import DEMO_MODEL as DEMO_MODEL  # for the callers of this module
-from mistral_ext.weights.hub import resolve
+from mistral_ext.weights.hub import DEMO_MODEL, resolve
 
 DEFAULT_MAX_BATCH = 8
 
@@ -63,7 +62,8 @@ def generate(
     Returns:
         The text of the completion. For a list of prompts, or with n > 1, a list of texts.
     """
-    llm = model if isinstance(model, Mistral) else _load(None if model is None else str(model))
+    model = DEMO_MODEL if model is None else model
+    llm = model if isinstance(model, Mistral) else _load(str(model))
     llm.require_tokenizer()
     texts = [
         completion.text or "" for completion in llm.generate(prompt, special_tokens, **sampling)
@@ -72,7 +72,7 @@ def generate(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model: str | None) -> Mistral:
+def _load(model: str) -> Mistral:
     return Mistral.from_pretrained(model)
 
 
@@ -141,7 +141,7 @@ class Mistral(RequestMaker):
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path | None,
+        model: str | Path,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         prefill_chunk: int = 512,
@@ -163,7 +163,7 @@ class Mistral(RequestMaker):
 
         Args:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
-                "OWNER/NAME:FILE.gguf". None: the demo model.
+                "OWNER/NAME:FILE.gguf".
             device: "cpu", "cuda", "cuda:1" or a `torch.device`. A number: the CUDA device with this
                 number. None: the CPU.
             dtype: float32, bfloat16 or float16. None: the dtype in which the weights are stored.

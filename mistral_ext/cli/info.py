@@ -61,11 +61,12 @@ def _cache_size(args: argparse.Namespace) -> str:
     from mistral_ext.weights.checkpoint import Checkpoint
     from mistral_ext.weights.device import find_device
     from mistral_ext.weights.folder import read_folder
-    from mistral_ext.weights.hub import resolve
+    from mistral_ext.weights.hub import DEMO_MODEL, resolve
     from mistral_ext.weights.quantize import Quantization
 
     device = find_device(args.device)
-    folder = read_folder(resolve(args.model), **options.config_overrides(args))
+    model = DEMO_MODEL if args.model is None else args.model
+    folder = read_folder(resolve(model), **options.config_overrides(args))
     quantization = Quantization.from_name(args.quantize) if args.quantize else None
     weights = Checkpoint(folder, options.dtype_of(args), quantization)
     of_model = folder.config, weights.dtype, device, DEFAULT_MAX_BATCH, weights.nbytes

@@ -108,9 +108,10 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
     """
     start(args)
     from mistral_ext.llm import Mistral
+    from mistral_ext.weights.hub import DEMO_MODEL
 
-    given = model_arguments(args)
-    return Mistral.from_pretrained(args.model, dtype=dtype_of(args), **given, **more)
+    model = DEMO_MODEL if args.model is None else args.model
+    return Mistral.from_pretrained(model, dtype=dtype_of(args), **model_arguments(args), **more)
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mistral_ext.serve.replicas import Replicas, expect_arguments, gpus_for, rea
 from mistral_ext.serve.server import announce, bind
 from mistral_ext.serve.service import Service
 from mistral_ext.serve.settings import Settings, keys_of_environment
+from mistral_ext.weights.hub import DEMO_MODEL
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -146,6 +147,7 @@ class Replica:
 def _load(arguments: Mapping[str, Any]) -> Mistral:
     given = dict(arguments)
     model, dtype = given.pop("model"), given.pop("dtype", None)
+    model = DEMO_MODEL if model is None else model
     chosen = getattr(torch, dtype) if dtype else None
     return Mistral.from_pretrained(model, dtype=chosen, progress=False, **given)
 

@@ -19,21 +19,19 @@ _OWNER_AND_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _GGUF_OF_HUB = rf"({_OWNER_AND_NAME}):([^:]+\.gguf)"
 
 
-def resolve(path_or_hub_id: str | Path | None) -> Path:
+def resolve(path_or_hub_id: str | Path) -> Path:
     """Returns the local folder or GGUF file of a model: the path itself, the demo, or a download.
 
     A hub model is ``owner/name``. A GGUF file in it is ``owner/name:file.gguf`` (any part, if the
     file is split). Only the configuration, the tokenizer and one format of the weights are
     downloaded, into huggingface_hub's cache. Later calls work without a network. "demo" is the
-    small model of this package, unless a local folder has this name. None is this model always.
+    small model of this package, unless a local folder has this name.
 
     Raises:
         FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache, or
             the hub model has no weights in a known format.
         ValueError: the path is empty, or a file of another kind.
     """
-    if path_or_hub_id is None:
-        return DEMO_MODEL
     if str(path_or_hub_id) == "":  # as a path it would be the current folder
         raise ValueError("model is '', expected a folder, a GGUF file or a hub id")
     path = Path(path_or_hub_id).expanduser()

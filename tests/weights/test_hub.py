@@ -30,7 +30,6 @@ def test_the_demo_has_a_name(tmp_path, monkeypatch):
     assert (DEMO_MODEL / "config.json").is_file()
     (tmp_path / "demo").mkdir()
     assert resolve("demo") == Path("demo")  # a folder wins
-    assert resolve(None) == DEMO_MODEL
 
 
 def test_resolve_file(tmp_path):
