@@ -9,6 +9,8 @@ from pathlib import Path
 
 import mistral_ext
 
+if "--help" in sys.argv or len(sys.argv) < 4:
+    sys.exit(__doc__)
 source, target, model = sys.argv[1:4]
 lines = Path(source).read_text(encoding="utf-8").splitlines()
 records = [json.loads(line) for line in lines if line.strip()]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import mistral_ext
 
+if "--help" in sys.argv or len(sys.argv) < 4:
+    sys.exit(__doc__)
 book, question, model = sys.argv[1:4]
 size = int(sys.argv[4]) if len(sys.argv) > 4 else 1500
 llm = mistral_ext.Mistral.from_pretrained(model)

@@ -4,6 +4,8 @@ import sys
 
 import mistral_ext
 
+if "--help" in sys.argv or len(sys.argv) < 3:
+    sys.exit(__doc__)
 model, *questions = sys.argv[1:]
 llm = mistral_ext.Mistral.from_pretrained(model)
 conversation = llm.start_chat()  # what was read and written stays in the cache

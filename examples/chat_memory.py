@@ -9,6 +9,9 @@ from pathlib import Path
 
 import mistral_ext
 
+if "--help" in sys.argv or len(sys.argv) < 4:
+    sys.exit(__doc__)
+
 MOST_TOKENS = 1000  # of the conversation
 KEEP = 4  # messages that stay as they were said
 memory, model, *said = sys.argv[1:]

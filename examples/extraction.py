@@ -5,6 +5,8 @@ import sys
 
 import mistral_ext
 
+if "--help" in sys.argv or len(sys.argv) < 2:
+    sys.exit(__doc__)
 text = "Anna Berg, 34, moved from Oslo to Turin in May 2019 and now teaches physics there."
 text = sys.argv[2] if len(sys.argv) > 2 else text
 short = {"type": "string", "maxLength": 30}

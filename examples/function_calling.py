@@ -8,6 +8,9 @@ import sys
 
 import mistral_ext
 
+if "--help" in sys.argv or len(sys.argv) < 2:
+    sys.exit(__doc__)
+
 
 def distance(unit: str, cities: list) -> str:
     known = {frozenset(["Paris", "Rome"]): 1106, frozenset(["Paris", "Oslo"]): 1342}  # km

@@ -8,6 +8,8 @@ import sys
 
 import mistral_ext
 
+if "--help" in sys.argv or len(sys.argv) < 3:
+    sys.exit(__doc__)
 model, *named, prompt = sys.argv[1:]
 adapters = dict(item.split("=", 1) for item in named)
 llm = mistral_ext.Mistral.from_pretrained(model, adapters=adapters)

@@ -7,6 +7,8 @@ import mistral_ext
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
+if "--help" in sys.argv or len(sys.argv) < 2:
+    sys.exit(__doc__)
 folder = quantize_checkpoint(DEMO_MODEL, sys.argv[1], bits=4)
 for name in (DEMO_MODEL, folder):
     size = Path(name, "model.safetensors").stat().st_size

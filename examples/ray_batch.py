@@ -12,6 +12,8 @@ import ray
 
 from mistral_ext import Mistral
 
+if "--help" in sys.argv or len(sys.argv) < 4:
+    sys.exit(__doc__)
 source, target, model = sys.argv[1:4]
 replicas, cores = (int(number) for number in [*sys.argv[4:6], 1, 1][:2])
 

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mistral_ext.integrations.transformers import accelerate_model, register
 from mistral_ext.llm import DEMO_MODEL
 
+if "--help" in sys.argv:
+    sys.exit(__doc__)
 name = sys.argv[1] if len(sys.argv) > 1 else DEMO_MODEL
 register()  # the attention function "mistral_ext"
 model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mistral_ext")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mistral_ext import Mistral
 
+if "--help" in sys.argv or len(sys.argv) < 3:
+    sys.exit(__doc__)
 model, data, *adapter = sys.argv[1:]
 llm = Mistral.from_pretrained(model, adapters={"task": adapter[0]} if adapter else None)
 conversations = [json.loads(line)["messages"] for line in Path(data).read_text().splitlines()]

@@ -8,6 +8,9 @@ import random
 import sys
 from pathlib import Path
 
+if "--help" in sys.argv:
+    sys.exit(__doc__)
+
 PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jan", "Karl"]
 THINGS = ["apples", "books", "chairs", "cups", "eggs", "hats", "keys", "lamps", "pens", "toys"]
 FORMS = (

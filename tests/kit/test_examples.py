@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -59,7 +60,27 @@ def test_all_are_run_and_short():
         # The example for Ray is run in tests/serve/test_ray.py, where there is a cluster.
         assert f'run("{name}"' in tests or name == "ray_batch"
         assert f"({name}.py)" in listed
-        assert 10 <= source.count("\n") <= 35, name
+        assert 10 <= source.count("\n") <= 40, name
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["a", "b", "c", "--help"]])
+def test_all_that_take_arguments_say_which(monkeypatch, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    for file in sorted(EXAMPLES.rglob("*.py")):
+        source = file.read_text()
+        if "sys.argv" not in source or (file.stem == "ray_batch" and find_spec("ray") is None):
+            continue
+        usage = ast.get_docstring(ast.parse(source), clean=False)
+        assert file.name in usage, file
+        monkeypatch.setattr(sys, "argv", [file.name, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(file), run_name="__main__")
+        assert stop.value.code == usage, file
+        if "len(sys.argv) < " in source:  # some arguments are not optional
+            monkeypatch.setattr(sys, "argv", [file.name])
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(file), run_name="__main__")
+    assert not list(tmp_path.iterdir())
 
 
 def test_generate(run):
