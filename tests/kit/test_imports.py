@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "vocabulary": {"model.config", "text"},
     "request_maker": {"vocabulary"} | _MODELS,
     "llm": {"chat", "request_maker", "vocabulary"} | _MODELS,
-    "serve": {"llm", ""} | _MODELS - {"model"},
+    "serve": {"llm", "files", ""} | _MODELS - {"model"},
     "finetune": {"llm", "files"} | _MODELS - {"engine"},
     "evaluate": {"llm", "files"} | _MODELS,
     "bench": {"llm", "files", ""} | _MODELS,
