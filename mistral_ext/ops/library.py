@@ -19,7 +19,7 @@ class _Library(torch.library.Library):
         inference mode; `torch.library.register_autograd` makes such an implementation."""
         if dispatch_key == "Autograd":
             fn = _without_tangents(str(op_name).rpartition("::")[2], fn)
-        super().impl(op_name, fn, dispatch_key, **options)
+        super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
 def _without_tangents(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def _without_tangents(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-_library = _Library("mistral_ext", "DEF")
+_library: Any = _Library("mistral_ext", "DEF")  # type: ignore[no-untyped-call]
 _DEVICES = ("cpu", "cuda")
 
 
