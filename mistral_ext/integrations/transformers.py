@@ -251,13 +251,14 @@ def attention_forward(
             raises ValueError.
 
     Returns:
-        ([B, T, Hq, D], None).
+        ([B, T, Hq, D], None). In `torch.autocast` it has the dtype of autocast.
 
     Raises:
         ValueError: an argument asks for a feature that the kernel does not have.
         RuntimeError: a tensor requires a gradient, and there are keys of earlier calls.
     """
     _expect_supported(module, dropout, attention_mask, kwargs)
+    query, key, value = _cast_by_autocast(query, key, value)
     count = query.shape[2]
     if attention_mask is None:
         layout = _Layout((((0, key.shape[2]),),) * len(query))
@@ -293,6 +294,16 @@ def _attention(
         k_pool, v_pool = (x.contiguous().view(-1, dim) for x in (key, value))
     out = ops.attention(q, k, v, k_pool, v_pool, table, window, scale, most)
     return out.view(batch, kv_heads, count, -1, dim).transpose(1, 2).flatten(2, 3)
+
+
+def _cast_by_autocast(*tensors: Tensor) -> list[Tensor]:
+    """In `torch.autocast`, casts tensors to its dtype, as it does for torch's own attention. Models
+    in float32 have rotated queries and keys in float32 there, but values in the lower dtype."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return [*tensors]
+    dtype = torch.get_autocast_dtype(kind)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

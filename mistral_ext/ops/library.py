@@ -7,8 +7,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-_library = torch.library.Library("mistral_ext", "DEF")
+
+class _Library(torch.library.Library):
+    """A library whose ops refuse forward-mode differentiation. Torch would take the results of an
+    op for constants, without an error."""
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        """Registers an implementation. With "Autograd" it is the one that torch calls outside
+        inference mode; `torch.library.register_autograd` makes such an implementation."""
+        if dispatch_key == "Autograd":
+            fn = _without_tangents(str(op_name).rpartition("::")[2], fn)
+        super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
+
+
+def _without_tangents(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*arguments: Any) -> Any:
+        for value in arguments:
+            tensors = value if isinstance(value, list) else [value]
+            if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in tensors):
+                raise RuntimeError(
+                    f"{name.partition('.')[0]} has no derivative in forward mode (torch.func.jvp, "
+                    "torch.autograd.forward_ad): differentiate with backward, or detach the tensor"
+                )
+        return run(*arguments)
+
+    return checked
+
+
+_library: Any = _Library("mistral_ext", "DEF")  # type: ignore[no-untyped-call]
 _DEVICES = ("cpu", "cuda")
 
 

@@ -192,6 +192,22 @@ def test_gradients_of_packed_sequences(pair):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
 
 
+def test_autocast(pair):
+    """There q and k of a model in float32 stay in float32, and v does not."""
+    ids = random_ids(2, 40)
+    exact = gradients(pair[0], ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (gradients(model, ids) for model in pair)
+        with torch.no_grad():
+            logits, ours = (model(ids).logits for model in pair)
+    assert (ours.dtype, logits.dtype) == (torch.bfloat16, torch.bfloat16)
+    for name, gradient in exact.items():
+        lost = (expected[name] - gradient).norm()
+        assert (found[name] - gradient).norm() < 1.2 * lost, name
+    lost = (logits - pair[0](ids).logits).norm()
+    assert (ours - pair[0](ids).logits).norm() < 1.2 * lost
+
+
 def test_gradients_over_keys_of_earlier_calls_are_refused(pair):
     cache = DynamicCache()
     with torch.no_grad():

@@ -287,6 +287,28 @@ def test_an_op_that_would_need_a_gradient_is_refused(name, arguments, options):
         op(*map(needs_gradient, arguments), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"),
+    [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())],
+)
+def test_a_derivative_in_forward_mode_is_refused(name, arguments, options):
+    """Torch would take it for 0, also while it records no gradients."""
+    op = op_of(name)
+    message = f"^{name.split('.')[0]} has no derivative in forward mode"
+    for i, value in enumerate(arguments):
+        tensors = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
+            continue
+
+        def run(*given, i=i, value=value):
+            made = list(given) if isinstance(value, list) else given[0]
+            return op(*arguments[:i], made, *arguments[i + 1 :], **options)
+
+        for records in (True, False):
+            with torch.set_grad_enabled(records), pytest.raises(RuntimeError, match=message):
+                torch.func.jvp(run, tuple(tensors), tuple(tensors))
+
+
 def test_backward_sees_what_an_op_has_changed():
     """Else the gradient of w would be that of the new x, without a word."""
     x, w = torch.ones(1, 4), torch.ones(4, requires_grad=True)
