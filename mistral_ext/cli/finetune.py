@@ -28,6 +28,11 @@ def add_to(commands: options.Commands) -> None:
     )
     group.add_argument("--eval-data", metavar="FILE", help="held-out data: JSON lines")
     group.add_argument(
+        "--template",
+        choices=("v1", "v2", "v3"),
+        help="chat template of conversations (default: the model's, which a base model lacks)",
+    )
+    group.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --output"
     )
     for name, kind, text in _OPTIONS:
@@ -76,7 +81,15 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("mistral_ext").setLevel(logging.INFO)
     llm = load_model(args)
-    trainer = Trainer(llm, args.data, args.output, args.eval_data, args.resume, **training)
+    trainer = Trainer(
+        llm,
+        args.data,
+        args.output,
+        args.eval_data,
+        args.resume,
+        template=args.template,
+        **training,
+    )
     try:
         with logging_redirect_tqdm():
             result = trainer.train()

@@ -44,13 +44,16 @@ class Sample(NamedTuple):
         return [int(token_id) for token_id in self.ids[:first]]
 
 
-def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sample]:
+def read_samples(
+    path: str | Path, llm: Mistral, most_tokens: int, template: ChatTemplate | None = None
+) -> list[Sample]:
     """Reads a file of JSON lines. Empty lines are skipped.
 
     Args:
         path: the file, UTF-8.
-        llm: the model to train. Its tokenizer and chat template are used.
+        llm: the model to train. Its tokenizer is used.
         most_tokens: the most tokens that a sample may have.
+        template: how conversations are written. None: in the model's own chat template.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,7 +62,7 @@ def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sampl
     """
     path = Path(path)
     refuse_lfs_pointer(path)
-    reader = _Reader(llm, most_tokens)
+    reader = _Reader(llm, most_tokens, template)
     samples: list[Sample] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -90,11 +93,11 @@ def digest(samples: Sequence[Sample]) -> str:
 class _Reader:
     """Turns the objects of a file into samples."""
 
-    def __init__(self, llm: Mistral, most_tokens: int) -> None:
+    def __init__(self, llm: Mistral, most_tokens: int, template: ChatTemplate | None) -> None:
         self._llm = llm
         self._tokenizer = llm.require_tokenizer()
         self._ends = {*llm.config.eos_ids, self._tokenizer.eos_id}
-        self._template: ChatTemplate | None = None
+        self._template = template
         limit = llm.max_length
         self._limits = {"tokens_per_pass": most_tokens}
         if limit is not None:
@@ -147,8 +150,7 @@ class _Reader:
         self, messages: Sequence[Mapping[str, Any]], tools: Any
     ) -> tuple[list[int], list[int]]:
         """Returns the ids of a prompt, and the ids of the reply up to the token that ends it."""
-        if self._template is None:
-            self._template = self._llm.chat_template()
+        self._template = self._llm.chat_template(self._template)
         prompt, reply = encode_reply(self._tokenizer, messages, self._template, tools)
         for i, token_id in enumerate(reply):
             if token_id in self._ends:

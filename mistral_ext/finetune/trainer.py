@@ -33,6 +33,7 @@ from mistral_ext.finetune.metrics import Metrics, expect_tensorboard, write_plot
 from mistral_ext.finetune.options import TrainingOptions
 from mistral_ext.finetune.schedule import learning_rate
 from mistral_ext.llm import Mistral
+from mistral_ext.text.chat_template import ChatTemplate
 from mistral_ext.weights.adapters import PEFT_CONFIG, PEFT_WEIGHTS, write_adapter_files
 from mistral_ext.weights.new_folder import expect_free, sync_files, sync_names
 
@@ -92,6 +93,9 @@ class Trainer:
         resume: whether to continue from the newest checkpoint in `output`. The model, the data and
             the options that change the adapter must be the same.
         progress: show a progress bar if stderr is a terminal.
+        template: how conversations are written. None: in the model's own chat template, which a
+            base model does not have. An adapter that was trained with another template needs it
+            in chats, too.
         options: the fields of `TrainingOptions`.
 
     Raises:
@@ -107,6 +111,7 @@ class Trainer:
         eval_data: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
+        template: ChatTemplate | None = None,
         **options: Any,
     ) -> None:
         self.options = TrainingOptions(**options)
@@ -126,8 +131,10 @@ class Trainer:
         if not resume:
             expect_free(self.output)
         most = self.options.tokens_per_pass
-        self._samples = read_samples(data, llm, most)
-        held_out = read_samples(eval_data, llm, most) if eval_data is not None else []
+        self._samples = read_samples(data, llm, most, template)
+        held_out = []
+        if eval_data is not None:
+            held_out = read_samples(eval_data, llm, most, template)
         self._eval_passes = passes(held_out, most)
         self._sample_prompt = (held_out or self._samples)[0].prompt
         self._adapter = TrainedAdapter.new(

@@ -99,6 +99,16 @@ def test_only_replies_are_trained_on(chatty, write_lines):
     assert sample.prompt == chatty.encode_chat(TURNS[:1])
 
 
+@pytest.mark.parametrize("chatty", ["v3"], indirect=True)
+def test_a_template_may_be_chosen(chatty, write_lines):
+    path = write_lines("data.jsonl", {"messages": TURNS})
+    (own,) = read_samples(path, chatty, 256)
+    (chosen,) = read_samples(path, chatty, 256, "v1")
+    last = chatty.encode_chat(TURNS[:-1], template="v1")
+    assert chosen.ids[: len(last)].tolist() == last
+    assert own.ids[: len(last)].tolist() != last
+
+
 def test_a_first_token_is_no_target(tiny, write_lines, tmp_path):
     """Even if a template writes nothing before a reply: the model predicts from earlier tokens."""
     folder = tmp_path / "bare"
@@ -261,7 +271,8 @@ def test_models_that_cannot_be_trained(llm, tiny, write_lines, tmp_path):
     chat = write_lines("b", {"messages": TURNS})
     with pytest.raises(ValueError, match="looks like a base model"):
         Trainer(base, chat, tmp_path / "out")
+    Trainer(base, chat, tmp_path / "out", chat, template="v1", max_steps=1).train()
     settings = {"chat_template": "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="writes none of the tokens that end a text"):
-        Trainer(base, chat, tmp_path / "out")
+        Trainer(base, chat, tmp_path / "other")
