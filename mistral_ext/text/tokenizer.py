@@ -260,7 +260,7 @@ class Tokenizer:
 
     def control_token_starts(self) -> re.Pattern[str]:
         """A pattern that matches single characters: the first of each control token that a text
-        spells out. chat_template.py marks these characters in messages."""
+        spells out. jinja_template.py marks these characters in messages."""
         return self._control_finder.starts()
 
     def decode(self, ids: Iterable[int], strip_first_space: bool = True) -> str:
