@@ -6,11 +6,9 @@ a later token). The costs tell `drafts` and `model_guesses` how many guesses are
 
 from __future__ import annotations
 
-from mistral_ext.engine.params import MOST_DRAFTS
-
 # The most rows of a pass with guesses. Up to this many rows, a pass on the CPU gives each row the
 # same bits as a pass of one row (see `ops.linear`). So guesses change no text there.
-MOST_ROWS = 1 + MOST_DRAFTS
+MOST_ROWS = 8
 
 # More guesses are made only if they raise the expected tokens per second by at least this factor.
 LEAST_ADVANTAGE = 1.02
