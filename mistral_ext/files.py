@@ -44,13 +44,13 @@ def _write(path: Path, data: bytes) -> None:
     its target is written. A device such as /dev/null, or a pipe, is written and stays. So is what a
     descriptor of this process leads to, as in /dev/stdout: after `> FILE` the data goes to the end
     of what was printed so far."""
-    if sys.stdout is not None:  # None: it is closed
-        sys.stdout.flush()  # if the path is stdout, what was printed before comes before the data
     if path.exists() and not path.is_file():
+        _flush_stdout()
         path.write_bytes(data)
         return
     descriptor = _descriptor(path)
     if descriptor is not None:
+        _flush_stdout()
         with os.fdopen(os.dup(descriptor), "wb") as file:
             file.write(data)
         return
@@ -62,6 +62,12 @@ def _write(path: Path, data: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _flush_stdout() -> None:
+    """Writes what was printed before, so that it comes before the data if a path is stdout."""
+    if sys.stdout is not None:  # None: it is closed
+        sys.stdout.flush()
 
 
 def _descriptor(path: Path) -> int | None:

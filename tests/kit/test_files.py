@@ -150,3 +150,18 @@ def test_stdout_is_written_where_it_leads(name, mode, tmp_path):
     assert target.stat().st_ino == before
     assert target.read_text() == ("old\n" if mode == "a" else "") + "before\ndata\nafter\n"
     assert {path.name for path in tmp_path.iterdir()} == {"link", "target"}
+
+
+def test_a_file_is_written_although_nobody_reads_stdout(tmp_path):
+    """As in `mistral-ext eval --output FILE | head -1`."""
+    program = (
+        "import os, sys; from pathlib import Path; from mistral_ext.files import write_text_file;"
+        "print('table'); write_text_file(Path(sys.argv[1]), 'data'); os._exit(0)"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "a"]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    reader, writer = os.pipe()
+    os.close(reader)
+    subprocess.run(command, stdout=writer, env=buffered, check=True)
+    os.close(writer)
+    assert (tmp_path / "a").read_text() == "data"
