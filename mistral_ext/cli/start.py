@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mistral_ext.cli.threads import default_threads
+
+_Handler = Callable[[int, Any], Any]
+
+# Whether a command may end this process at once. Only `end_on_ctrl_c` says so, which is called if
+# the process is that of the command, and not another program that calls `main`.
+_may_end = False
 
 
 def end_on_ctrl_c() -> None:
@@ -17,8 +24,9 @@ def end_on_ctrl_c() -> None:
     During imports a KeyboardInterrupt would not work, because some modules swallow it and others
     print it. It is not needed either, because no work has begun that must be ended in order.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+    global _may_end
+    _may_end = True
+    _replace_handler(signal.default_int_handler, _end)
 
 
 def _end(signal_number: int, frame: object) -> None:
@@ -34,20 +42,22 @@ def start(args: argparse.Namespace) -> None:
     import mistral_ext.llm  # noqa: F401
 
     torch.set_num_threads(args.threads or default_threads(torch.get_num_threads()))
-    _interrupt_on_ctrl_c()
+    _replace_handler(_end, signal.default_int_handler)
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Makes Ctrl-C end this process at once, as `end_on_ctrl_c` does, for imports that only some
-    commands need."""
-    end_on_ctrl_c()
+    """Makes Ctrl-C end this process at once again, for imports that only some commands need, if
+    `end_on_ctrl_c` was called."""
+    if _may_end:
+        _replace_handler(signal.default_int_handler, _end)
     try:
         yield
     finally:
-        _interrupt_on_ctrl_c()
+        _replace_handler(_end, signal.default_int_handler)
 
 
-def _interrupt_on_ctrl_c() -> None:
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _replace_handler(before: _Handler, after: _Handler) -> None:
+    """Replaces the handler of Ctrl-C, if it is `before`."""
+    if signal.getsignal(signal.SIGINT) is before:
+        signal.signal(signal.SIGINT, after)

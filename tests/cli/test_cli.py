@@ -571,22 +571,29 @@ def test_chat_at_a_terminal_imports_before_the_first_message(instruct):
     """Ctrl-C in an import may become another error, which would end the conversation."""
     script = """
 import builtins, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever pytest was started with
 import mistral_ext.cli.chat as chat
-from mistral_ext.cli import main
+from mistral_ext.cli import main, start
 
 class Terminal:
     isatty = lambda self: True
 
+def interrupts():
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
 def ask(prompt):
-    handler = signal.getsignal(signal.SIGINT)
-    print("mistral_common.protocol.instruct.request" in sys.modules)
-    print(handler is signal.default_int_handler)
+    print("mistral_common.protocol.instruct.request" in sys.modules, interrupts())
     raise EOFError
 
+with start.importing():  # before `main`, so this process is another program's
+    print(interrupts())
 chat.stdin, builtins.input = Terminal, ask
-main(["chat", "--model", sys.argv[1], "--template", "v1"])
+sys.argv = ["mistral-ext", "chat", "--model", sys.argv[1], "--template", "v1"]
+main()
+with start.importing():
+    print(interrupts())
 """
     process = subprocess.run(
         [sys.executable, "-c", script, instruct], capture_output=True, text=True, timeout=120
     )
-    assert process.stdout == "True\nTrue\n", process.stderr
+    assert process.stdout == "True\nTrue True\nFalse\n", process.stderr
