@@ -36,6 +36,9 @@ _PATTERNS = {
     "base64url": _BASE64 % (("A-Za-z0-9_-",) * 3),
 }
 
+# Keywords, besides additionalProperties, for properties that are not listed.
+_OTHER_PROPERTIES = {"patternProperties", "unevaluatedProperties"}
+
 # The included bound (or its negative) that replaces an excluded bound of 0. The least float would
 # be closer to 0, but it has 324 digits, so its grammar would be too large.
 _FROM_ZERO = 1e-16
@@ -85,16 +88,26 @@ def _list_names(schema: dict[str, Any], root: Any) -> None:
     """Replaces `propertyNames` if it gives the names to choose from."""
     rule = _dict_in(schema, "propertyNames")
     rule = _target(root, rule["$ref"]) if set(rule) == {"$ref"} else rule
-    names = rule.get("enum") if isinstance(rule, dict) and set(rule) <= {"enum", "type"} else None
-    if not isinstance(names, list) or "patternProperties" in schema:
+    names = _names_of(rule)
+    if names is None or not _OTHER_PROPERTIES.isdisjoint(schema):
         return
     listed, others = _dict_in(schema, "properties"), schema.get("additionalProperties", True)
-    names = [name for name in names if isinstance(name, str)]
     if set(listed) <= set(names):
         del schema["propertyNames"]
         more = {name: others for name in names if name not in listed and others is not False}
         schema["properties"] = {**listed, **more}
         schema["additionalProperties"] = False
+
+
+def _names_of(rule: Any) -> list[str] | None:
+    """The texts that a schema permits, if it lists them and says nothing else."""
+    if not isinstance(rule, dict) or rule.get("type", "string") != "string":
+        return None
+    keywords = rule.keys() - {"type"}
+    names = [rule["const"]] if keywords == {"const"} else rule.get("enum")
+    if not isinstance(names, list) or len(keywords) != 1:
+        return None
+    return names if all(isinstance(name, str) for name in names) else None
 
 
 def _target(root: Any, reference: Any) -> Any:
