@@ -39,6 +39,8 @@ _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _CONTROL_SHAPE = re.compile(r"<\|[^\s|]+\|>")
 _WHITE_SPACE = re.compile(r"\s+")
 _JOINERS = "\u200c\u200d"  # invisible characters inside a word
+# Circled and squared letters, which have the category of symbols.
+_LETTER_SYMBOL = re.compile("[Ⓐ-ⓩ🄰-🅉🅐-🅩🅰-🆉]")
 
 
 def has_control_shape(content: str) -> bool:
@@ -258,4 +260,6 @@ def _is_word_character(character: str) -> bool:
     """Whether a character is part of a word for the library `tokenizers`: letters, marks such as
     accents, digits, and joiners. (The `\\w` of Python's `re` has fractions, too, but no marks.)"""
     category = unicodedata.category(character)
-    return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in _JOINERS
+    if category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in _JOINERS:
+        return True
+    return _LETTER_SYMBOL.match(character) is not None

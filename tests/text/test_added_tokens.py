@@ -39,6 +39,7 @@ TEXTS = [
     "two<tool_call>s",
     "a zingle b prezingle zingled zingle",
     "zingle\u0301 zingle½ ²zingle zingle٣ zingle‿ Ⅷzingle zingle\u200d zingle\u200b नzingle",
+    "zingleⓩ 🄰zingle zingle☃",
     "a  <L>  b  <R>  c",
     "<R>\n\n<L>",
     "Grüße<tool_call>日本語</tool_call>👋🏽",
