@@ -104,9 +104,12 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
                 raise ValueError(f"tensor {name!r} has impossible entry {entry}")
             entries.append((name, str(entry["dtype"]), shape, begin, end))
     entries.sort(key=lambda entry: entry[-2:])
-    for (name, *_, end), (other, *_, begin, _) in pairwise(entries):
+    for (name, *_, end), (other, *_, begin, other_end) in pairwise(
+        entry for entry in entries if entry[-2] < entry[-1]
+    ):
         if begin < end:
-            raise ValueError(f"tensors {name!r} and {other!r} share bytes {begin} to {end}")
+            shared = f"{begin} to {min(end, other_end)}"
+            raise ValueError(f"tensors {name!r} and {other!r} share bytes {shared}")
     return entries
 
 
