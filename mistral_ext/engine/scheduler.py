@@ -15,10 +15,10 @@ decide which kernels a text gets. So
   gets the same bits in all passes of at least that many tokens. (A request that sets `chunk`
   chooses the sizes of its pieces itself.)
 - a prompt of up to 8 tokens is read alone.
-- requests that report results of their prompts share no pass with others. From the last layer's
-  attention on, a pass computes only the tokens whose results are needed: one of each prompt that is
-  only completed, but perhaps all of a prompt with results. So there the former would get other
-  kernels.
+- requests that report results of their prompts share passes with each other only. From the last
+  layer's attention on, a pass computes only the tokens whose results are needed: one of each prompt
+  that is only completed, but perhaps all of a prompt with results. So there the former would get
+  other kernels.
 
 When a sequence has to grow and there is no room, extents of ended requests are released first. If
 that is not enough, the sequence that came last is *put back*: it loses its extent and waits. Later
